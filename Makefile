@@ -1,0 +1,45 @@
+# The commands of every day. Python >= 3.11, make and git are enough; `make demo UV=uv` installs faster where uv is at hand.
+PYTHON ?= python3
+UV ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-long lint lock serve clean
+.DEFAULT_GOAL := demo
+
+# From an empty checkout to a trained, evaluated and registered network, with every service it needs.
+demo: $(INSTALLED)
+	$(BIN)/vrt demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+# Serves the deployment, so that `prefect deployment run train/vrt` in another terminal trains.
+serve: $(INSTALLED)
+	$(BIN)/vrt services up
+	$(BIN)/python -m pipelines
+
+# --no-deps: the lock is complete, and resolving it again costs pip minutes. The second line adds what torch itself pins
+# beyond the lock: the CUDA libraries where its wheel is the CUDA build, nothing for the CPU build.
+$(INSTALLED): requirements.lock pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+ifeq ($(UV),)
+	$(BIN)/python -m pip install --no-deps --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --no-build-isolation --editable ".[dev]"
+else
+	$(UV) pip install --python $(BIN)/python -r requirements.lock
+	$(UV) pip install --python $(BIN)/python --no-build-isolation --editable ".[dev]"
+endif
+	touch $@
+
+# Resolve pyproject.toml anew for every platform, without torch's own pins (see above).
+lock:
+	$(or $(UV),uv) pip compile --universal --python-version 3.11 --upgrade --extra dev --no-header --no-annotate --no-emit-index-url --no-emit-find-links pyproject.toml \
+		| grep -v -E '^(nvidia-|cuda-|triton)' > requirements.lock.new
+	mv requirements.lock.new requirements.lock

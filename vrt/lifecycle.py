@@ -1,0 +1,87 @@
+"""When a running command has to stop early: it was told to, or whoever started it is gone."""
+
+import os
+import signal
+import threading
+from types import FrameType
+
+import psutil
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_CONTINUE_ME = 75
+"""Stopped early with everything saved: start it again and it goes on (75 is EX_TEMPFAIL of sysexits.h)."""
+
+SECONDS_BETWEEN_LOOKS = 0.5
+
+Launchers = list[tuple[int, int]]
+"""(process, its parent) pairs, from the process itself up to the top of the session that launched it."""
+
+
+def launchers_of(pid: int) -> Launchers:
+    """The chain of processes that launched `pid`: its parent, and on up through the parent's session.
+
+    The chain is what `dvc repro`, a shell and a flow form above a trainer. torchrun gives its workers sessions of their own,
+    so it is the parent's session that counts. Under nohup, outliving the launcher is what the user asked for: no chain.
+    """
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        return []
+    chain: Launchers = []
+    child = psutil.Process(pid)
+    try:
+        session = os.getsid(child.ppid())
+        while (parent := child.parent()) is not None and os.getsid(parent.pid) == session:
+            chain.append((child.pid, parent.pid))
+            child = parent
+    except (psutil.Error, ProcessLookupError, PermissionError):
+        # A launcher that ends while we look shows as soon as the chain so far is checked.
+        pass
+    return chain
+
+
+def lost_launcher(chain: Launchers) -> int | None:
+    """The first process of the chain that died, if one did."""
+    for pid, parent in chain:
+        try:
+            if psutil.Process(pid).ppid() != parent:
+                return parent
+        except psutil.NoSuchProcess:
+            return pid
+    return None
+
+
+class StopRequest:
+    """Says why to stop after the current step, or None. Use it as a context manager in the main thread.
+
+    SIGTERM and SIGUSR1 (preemption notices), the first Ctrl-C, and the death of a launcher set it. A second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._left = threading.Event()
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._on_signal)
+        chain = launchers_of(os.getpid())
+        threading.Thread(target=self._watch, args=(chain,), name="launcher watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason is not None:
+            raise KeyboardInterrupt
+        self.reason = self.reason or f"received {signal.Signals(number).name}"
+
+    def _watch(self, chain: Launchers) -> None:
+        while not self._left.wait(SECONDS_BETWEEN_LOOKS):
+            gone = lost_launcher(chain)
+            if gone is not None:
+                self.reason = self.reason or f"process {gone}, which launched this one, is gone"
+                return

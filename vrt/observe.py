@@ -1,0 +1,74 @@
+"""What a person sees of a running command: log lines and progress, on a terminal or in a file."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+log = logging.getLogger("vrt")
+
+_console = Console(stderr=True)
+
+
+def set_up_logging() -> None:
+    """Send the `vrt` log to stderr: coloured on a terminal, plain timestamped lines elsewhere."""
+    if log.handlers:
+        return
+    if _console.is_terminal:
+        handler: logging.Handler = RichHandler(console=_console, show_path=False, markup=False, log_time_format="%X")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+class Bar:
+    """Progress of one task. `advance` moves it and shows `fields` (such as clip="tree") beside it."""
+
+    # Lines in a log file are for reading later: one in this many seconds is enough.
+    SECONDS_BETWEEN_LINES = 5.0
+
+    def __init__(self, title: str, total: int, unit: str, done: int, live: Progress | None):
+        self._title, self._total, self._unit, self._live = title, total, unit, live
+        self._done = self._first = done
+        self._started = self._printed = time.monotonic()
+        self._task = live.add_task(title, total=total, completed=done, fields="") if live else None
+
+    def advance(self, count: int = 1, **fields: object) -> None:
+        self._done += count
+        text = "  ".join(f"{key} {value}" for key, value in fields.items())
+        if self._live:
+            self._live.update(self._task, advance=count, fields=text)
+        elif time.monotonic() - self._printed >= self.SECONDS_BETWEEN_LINES or self._ends_a_long_task():
+            self._printed = time.monotonic()
+            log.info("%s %d/%d %s%s%s", self._title, self._done, self._total, self._unit, f"  {text}" if text else "", self._left())
+
+    def _ends_a_long_task(self) -> bool:
+        return self._done == self._total and time.monotonic() - self._started >= self.SECONDS_BETWEEN_LINES
+
+    def _left(self) -> str:
+        rate = (self._done - self._first) / max(time.monotonic() - self._started, 1e-9)
+        if self._done >= self._total or not rate:
+            return ""
+        minutes, seconds = divmod(round((self._total - self._done) / rate), 60)
+        return f"  left {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
+    """Show progress over `total` units, `done` of which were done before; a bar on a terminal, plain lines elsewhere."""
+    if not _console.is_terminal:
+        yield Bar(title, total, unit, done, None)
+        return
+    count = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    clock = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[fields]}"))
+    with Progress(*count, *clock, console=_console) as live:
+        yield Bar(title, total, unit, done, live)
