@@ -1,0 +1,79 @@
+"""dataset.yaml: each kind is read, and what is wrong in it is named."""
+
+from pathlib import Path
+
+import pytest
+
+from vrt.data.clips import DataError
+from vrt.data.dataset import Frames, Synthetic, Video, load_dataset
+from vrt.params import ParamsError
+
+QUICKSTART = Path(__file__).parents[2] / "data" / "raw" / "quickstart"
+VIDEO = """
+kind: video
+file: holiday.mp4
+splits:
+  train: [[0, 80], [120, 140]]
+  val: [[80, 90]]
+  test: [[90, 100]]
+"""
+
+
+def raw(folder: Path, text: str) -> Path:
+    (folder / "holiday").mkdir()
+    (folder / "holiday" / "dataset.yaml").write_text(text)
+    return folder / "holiday"
+
+
+def test_the_quickstart_is_synthetic():
+    dataset = load_dataset(QUICKSTART)
+    assert isinstance(dataset, Synthetic)
+    assert [dataset.splits.train.clips, dataset.splits.val.clips, dataset.splits.test.clips] == [12, 2, 4]
+
+
+def test_a_video_lists_its_ranges_in_the_order_of_the_source(tmp_path: Path):
+    dataset = load_dataset(raw(tmp_path, VIDEO))
+    assert isinstance(dataset, Video)
+    assert dataset.splits.ordered() == [("train", 0, 80), ("val", 80, 90), ("test", 90, 100), ("train", 120, 140)]
+
+
+def test_a_folder_of_frames_is_read(tmp_path: Path):
+    dataset = load_dataset(raw(tmp_path, VIDEO.replace("kind: video\nfile: holiday.mp4", "kind: frames\nfolder: frames")))
+    assert isinstance(dataset, Frames) and dataset.folder == "frames"
+
+
+def test_a_missing_data_set_names_those_there_are(tmp_path: Path):
+    raw(tmp_path, VIDEO)
+    expected = r"birthday/dataset.yaml: expected a data set, found no such file; set data.dataset in params.yaml to one of: holiday; or import one"
+    with pytest.raises(DataError, match=expected):
+        load_dataset(tmp_path / "birthday")
+
+
+@pytest.mark.parametrize("kind", ["kind: film", "kind: [video]", ""])
+def test_an_unknown_kind_names_the_known_ones(tmp_path: Path, kind: str):
+    with pytest.raises(DataError, match=r"dataset.yaml: kind: found .*; expected one of: synthetic, video, frames"):
+        load_dataset(raw(tmp_path, VIDEO.replace("kind: video", kind)))
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("[80, 90]", "[79, 90]", r"splits: train \[0, 80\] and val \[79, 90\] share frames; expected disjoint ranges"),
+        ("[80, 90]", "[90, 80]", r"splits: val has the range \[90, 80\]; expected \[first frame, frame after the last\]"),
+        ("[[80, 90]]", "[]", r"splits.val: found \[\]"),
+        ("  val: [[80, 90]]\n", "", r"splits.val: found nothing; expected a value"),
+        ("file:", "flie:", r"flie: found an unknown key, did you mean 'file'"),
+        ("holiday.mp4", "../holiday.mp4", r"file: found \"../holiday.mp4\""),
+    ],
+)
+def test_wrong_values_are_named(tmp_path: Path, old: str, new: str, message: str):
+    with pytest.raises(ParamsError, match=message):
+        load_dataset(raw(tmp_path, VIDEO.replace(old, new)))
+
+
+def test_regions_of_two_splits_may_not_share_a_pixel(tmp_path: Path):
+    text = (QUICKSTART / "dataset.yaml").read_text()
+    assert "china.jpg: [20, 40, 407, 300]" in text and "china.jpg: [230, 340, 197, 150]" in text
+    shifted = text.replace("china.jpg: [20, 40, 407, 300]", "china.jpg: [20, 40, 407, 301]")
+    with pytest.raises(ParamsError, match=r"train \[20, 40, 407, 301\] and test \[230, 340, 197, 150\] share pixels of china.jpg"):
+        load_dataset(raw(tmp_path, shifted))

@@ -1,0 +1,223 @@
+"""Samples are a function of (seed, step, index), complete, evenly spread, and degraded consistently."""
+
+import itertools
+import multiprocessing
+import os
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from vrt.data.clips import DataError, PreparedData
+from vrt.data.degradations import bicubic_downsample
+from vrt.data.sampler import Batch, check_sampling, evaluation_clip, training_batch, training_batches, training_sample
+
+SMALL = {"train.crop": 16, "train.frames": 4, "train.batch_size": 2}
+BICUBIC = {"degradation": {"kind": "bicubic", "scale": 4}, "network.upscale": 4, **SMALL}
+
+
+def same(one: Batch, two: Batch) -> bool:
+    return torch.equal(one.degraded, two.degraded) and torch.equal(one.truth, two.truth)
+
+
+def noise(sigma_min: float, sigma_max: float, sigma_test: float = 30.0) -> dict[str, float]:
+    return {f"degradation.{key}": value for key, value in locals().items()}
+
+
+def test_a_batch_has_the_shapes_and_range_of_the_params(coordinates: PreparedData, make_params):
+    batch = training_batch(coordinates, make_params(SMALL), 1)
+    assert batch.truth.shape == batch.degraded.shape == (2, 4, 3, 16, 16)
+    assert batch.truth.dtype == batch.degraded.dtype == torch.float32
+    assert batch.truth.min() >= 0 and batch.truth.max() <= 1
+    assert batch.truth.is_contiguous() and batch.degraded.is_contiguous()
+
+
+def test_truth_is_stored_pixels_over_255(coordinates: PreparedData, make_params):
+    levels = training_batch(coordinates, make_params(SMALL), 1).truth * 255
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+
+
+def test_a_batch_is_a_function_of_seed_and_step(coordinates: PreparedData, make_params):
+    params, reseeded = make_params(SMALL), make_params({**SMALL, "seed": 2})
+    forwards = [training_batch(coordinates, params, step) for step in (1, 2, 3)]
+    backwards = [training_batch(coordinates, params, step) for step in (3, 2, 1)][::-1]
+    assert all(map(same, forwards, backwards))
+    others = [training_batch(coordinates, reseeded, step) for step in (1, 2, 3)]
+    assert not any(same(one, two) for one, two in itertools.combinations(forwards + others, 2))
+
+
+def test_the_samples_of_a_batch_differ(coordinates: PreparedData, make_params):
+    batch = training_batch(coordinates, make_params({**SMALL, "train.batch_size": 4}), 1)
+    assert not any(torch.equal(one, two) for one, two in itertools.combinations(batch.degraded - batch.truth, 2))
+
+
+def test_a_sample_does_not_depend_on_the_rest_of_its_batch(coordinates: PreparedData, make_params):
+    two, five = (training_batch(coordinates, make_params({**SMALL, "train.batch_size": size}), 9) for size in (2, 5))
+    assert torch.equal(five.degraded[:2], two.degraded)
+    degraded, truth = training_sample(coordinates, make_params(SMALL), 9, 4)
+    assert torch.equal(degraded, five.degraded[4]) and torch.equal(truth, five.truth[4])
+
+
+def test_a_restart_in_between_sees_the_same_batches(coordinates: PreparedData, make_params):
+    params = make_params(SMALL)
+    whole = list(training_batches(coordinates, params, 1, 6))
+    assert [step for step, _ in whole] == [1, 2, 3, 4, 5, 6]
+    resumed = list(training_batches(coordinates, params, 4, 6))
+    assert all(one[0] == two[0] and same(one[1], two[1]) for one, two in zip(whole[3:], resumed, strict=True))
+
+
+def test_workers_change_nothing(coordinates: PreparedData, make_params):
+    alone = list(training_batches(coordinates, make_params(SMALL), 3, 12))
+    state = torch.get_rng_state()
+    helped = training_batches(coordinates, make_params({**SMALL, "data.workers": 2}), 3, 12)
+    first = [next(helped), next(helped)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    groups = {os.getpgid(worker.pid) for worker in workers}
+    assert os.getpgid(0) not in groups, "a signal to the trainer's group reaches its workers"
+    assert all(one[0] == two[0] and same(one[1], two[1]) for one, two in zip(alone, [*first, *helped], strict=True))
+    assert torch.equal(torch.get_rng_state(), state), "the trainer's own random numbers were used"
+
+
+def test_a_worker_that_can_t_read_names_step_and_clip_and_ends(coordinates: PreparedData, make_params):
+    for clip in coordinates.clips("train"):
+        os.truncate(coordinates.root / clip.file, 200)
+    batches = training_batches(coordinates, make_params({**SMALL, "data.workers": 1}), 5, 8)
+    with pytest.raises(DataError, match=r"step 5, sample 0, clip train/[ab] \(\d frames of \d+x\d+\): .*train/[ab].npy: expected clip"):
+        next(batches)
+    assert multiprocessing.active_children() == []
+
+
+def test_ending_early_ends_the_workers(coordinates: PreparedData, make_params):
+    batches = training_batches(coordinates, make_params({**SMALL, "data.workers": 1}), 1, 1000)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 1
+    batches.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_every_window_and_every_turn_occurs_and_pixels_stay_together(coordinates: PreparedData, make_params):
+    """Red is the frame, green the row, blue the column (see `coordinate_clip`)."""
+    params = make_params({**SMALL, **noise(0.0, 0.0)})
+    windows, turns, corners = Counter(), Counter(), Counter()
+    for step in range(400):
+        degraded, truth = training_sample(coordinates, params, step, 0)
+        assert torch.equal(degraded, truth)
+        frame, row, column = (truth * 255).round().int().numpy().transpose(1, 0, 2, 3)
+        np.testing.assert_array_equal(frame, np.broadcast_to(frame[0, 0, 0] + np.arange(4)[:, None, None], frame.shape))
+        steps = [int(part[0, 1, 0] - part[0, 0, 0]) for part in (row, column)] + [int(part[0, 0, 1] - part[0, 0, 0]) for part in (row, column)]
+        y, x = np.mgrid[:16, :16]
+        np.testing.assert_array_equal(row, np.broadcast_to(row[0, 0, 0] + steps[0] * y + steps[2] * x, row.shape))
+        np.testing.assert_array_equal(column, np.broadcast_to(column[0, 0, 0] + steps[1] * y + steps[3] * x, column.shape))
+        windows[int(frame[0, 0, 0])] += 1
+        turns[tuple(steps)] += 1
+        corners[int(row.min()), int(column.min())] += 1
+    assert sorted(windows) == [*range(6), *range(100, 104)]
+    # 400 draws, 10 equally likely windows: 40 each, standard deviation 6.
+    assert min(windows.values()) > 16 and max(windows.values()) < 64
+    assert len(turns) == 8 and min(turns.values()) > 22
+    assert {row for row, _ in corners} == set(range(15)) and {column for _, column in corners} == set(range(13))
+
+
+def test_noise_levels_fill_their_range_and_noise_has_its_level(quickstart: PreparedData, make_params):
+    params = make_params({**noise(10.0, 50.0), "network.nonblind_denoising": True})
+    levels = []
+    for step in range(60):
+        degraded, truth = training_sample(quickstart, params, step, 0)
+        level = degraded[:, 3]
+        assert (level == level[0, 0, 0]).all()
+        levels.append(float(level[0, 0, 0]) * 255)
+        # 41,472 draws: the measured deviation's own deviation is sigma / 288.
+        assert float((degraded[:, :3] - truth).std()) * 255 == pytest.approx(levels[-1], rel=4 / 288)
+    assert 10 <= min(levels) < 14 and 46 < max(levels) <= 50
+
+
+def test_a_level_map_changes_neither_truth_nor_noise(coordinates: PreparedData, make_params):
+    blind = training_batch(coordinates, make_params(SMALL), 1)
+    informed = training_batch(coordinates, make_params({**SMALL, "network.nonblind_denoising": True}), 1)
+    assert torch.equal(informed.truth, blind.truth) and torch.equal(informed.degraded[:, :, :3], blind.degraded)
+    assert torch.equal(informed.degraded[:, :, 3], torch.full((2, 4, 16, 16), 30 / 255))
+
+
+def test_a_reduced_crop_is_the_crop_of_the_reduced_clip(quickstart: PreparedData, make_params):
+    """Borders included: the pixels around the crop take part, as they do when a whole clip is restored."""
+    params = make_params({**BICUBIC, "train.crop": 48})
+    for step in range(12):
+        degraded, truth = training_sample(quickstart, params, step, 0)
+        assert (degraded.shape, truth.shape) == ((4, 3, 12, 12), (4, 3, 48, 48))
+        assert find_reduced(quickstart, truth, degraded), f"step {step}"
+
+
+def find_reduced(data: PreparedData, truth: torch.Tensor, degraded: torch.Tensor) -> bool:
+    """Whether a turned training clip holds `truth` (D, 3, H, W) at a place where its reduction, rounded to 8 bits, holds `degraded`."""
+    for clip in data.clips("train"):
+        pixels = torch.from_numpy(data.read_whole(clip)).permute(0, 3, 1, 2) / 255
+        for transpose, across, down in itertools.product((False, True), repeat=3):
+            turned = pixels.transpose(-1, -2) if transpose else pixels
+            turned = turned.flip([-1] * across + [-2] * down) if across or down else turned
+            places = turned.unfold(-2, 48, 4).unfold(-2, 48, 4)  # (D, 3, rows, columns, 48, 48)
+            hits = (places[..., 0, :2] == truth[0, :, None, None, 0, :2]).all(dim=-1).all(dim=1).nonzero()
+            for first, row, column in hits.tolist():
+                if torch.equal(turned[first : first + 4, :, 4 * row : 4 * row + 48, 4 * column : 4 * column + 48], truth):
+                    reduced = (bicubic_downsample(turned[first : first + 4], 4) * 255).round().clamp(0, 255)
+                    found = reduced[..., row : row + 12, column : column + 12]
+                    return torch.allclose(found / 255, degraded, rtol=0, atol=1e-6)
+    return False
+
+
+def test_every_crop_of_a_reduction_is_reachable_up_to_the_borders(coordinates: PreparedData, make_params):
+    params = make_params(BICUBIC)
+    corners = set()
+    for step in range(200):
+        _, truth = training_sample(coordinates, params, step, 0)
+        _, row, column = (truth * 255).round().int().numpy().transpose(1, 0, 2, 3)
+        corners.add((int(row.min()), int(column.min())))
+    # Clip a is 24x28; clip b 30x20, of which 28x20 divide by 4.
+    assert corners == {(y, x) for y in (0, 4, 8) for x in (0, 4, 8, 12)} | {(y, x) for y in (0, 4, 8, 12) for x in (0, 4)}
+
+
+def test_an_evaluation_clip_is_whole_and_always_degraded_alike(coordinates: PreparedData, make_params):
+    clip = coordinates.clips("test")[0]
+    batch = evaluation_clip(coordinates, make_params(noise(0.0, 5.0)), clip)
+    assert torch.equal((batch.truth[0] * 255).round().byte(), torch.from_numpy(coordinates.read_whole(clip)).permute(0, 3, 1, 2))
+    assert float((batch.degraded - batch.truth).std()) * 255 == pytest.approx(30, rel=0.03)
+    assert same(batch, evaluation_clip(coordinates, make_params({**noise(0.0, 9.0), "seed": 5, **SMALL}), clip))
+
+
+def test_evaluation_clips_differ_in_their_noise(tmp_path, coordinate_clip, write_data, make_params):
+    clip = coordinate_clip(2, 8, 8)
+    data = write_data(tmp_path / "data", {"val/a": clip, "test/a": clip, "test/b": clip})
+    batches = [evaluation_clip(data, make_params(), clip) for clip in data.index.clips]
+    assert not any(same(one, two) for one, two in itertools.combinations(batches, 2))
+
+
+def test_an_evaluation_clip_is_cut_to_a_multiple_of_the_scale(coordinates: PreparedData, make_params):
+    clip = coordinates.clips("test")[0]
+    batch = evaluation_clip(coordinates, make_params(BICUBIC), clip)
+    assert (batch.truth.shape, batch.degraded.shape) == ((1, 8, 3, 20, 24), (1, 8, 3, 5, 6))
+    assert batch.degraded.min() >= 0 and batch.degraded.max() <= 1
+    levels = batch.degraded * 255
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train.frames": 8}, r"clip train/b \(7 frames of 30x20\): expected at least train.frames = 8 frames, found 7; lower train.frames"),
+        (
+            {"train.crop": 22},
+            r"clip train/b \(7 frames of 30x20\): expected frames of at least train.crop = 22 pixels, found 30x20; lower train.crop",
+        ),
+        ({"train.crop": 26}, r"clip train/a \(9 frames of 24x28\): expected frames of at least train.crop = 26 pixels, found 24x28"),
+    ],
+)
+def test_clips_too_small_are_refused_before_the_first_batch(coordinates: PreparedData, make_params, changes: dict, message: str):
+    with pytest.raises(DataError, match=message):
+        training_batches(coordinates, make_params({**SMALL, **changes}), 1, 5)
+
+
+def test_a_split_without_clips_is_refused(tmp_path, coordinate_clip, write_data, make_params):
+    data = write_data(tmp_path / "data", {"train/a": coordinate_clip(6, 48, 48), "val/a": coordinate_clip(6, 48, 48)})
+    with pytest.raises(DataError, match=r"data: expected clips in the split test, found none; add some to data/raw/made-by-test/dataset.yaml"):
+        check_sampling(data, make_params())

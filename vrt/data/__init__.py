@@ -1,0 +1,1 @@
+"""Clips: importing, preparing, storing, degrading and sampling them."""

@@ -1,0 +1,226 @@
+"""Prepared clips on disk, the only code that knows how they are stored.
+
+    data/prepared/index.json            what there is: one entry per clip, with size and SHA-256
+    data/prepared/{split}/{name}.npy    one clip: uint8, (D, H, W, 3), RGB
+
+D frames, H height, W width. A crop of some frames is read through a memory map, so only its pages are touched.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import numpy as np
+from pydantic import Field
+
+from vrt.observe import progress
+from vrt.params import ParamsError, Section, parse
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+FORMAT = 1
+PREPARE = "run `dvc repro prepare` (or `vrt prepare`)"
+
+
+class DataError(ValueError):
+    """Data that can't be used; the message names the subject, what was expected and found, and the remedy."""
+
+
+class Clip(Section):
+    """One prepared clip, as the index lists it."""
+
+    split: Split
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Unique within the split."""
+    file: Annotated[str, Field(pattern=r"^(train|val|test)/[A-Za-z0-9][A-Za-z0-9._-]*\.npy$")]
+    """Path below the prepared folder."""
+    frames: Annotated[int, Field(gt=0)]
+    height: Annotated[int, Field(gt=0)]
+    width: Annotated[int, Field(gt=0)]
+    bytes: Annotated[int, Field(gt=0)]
+    """Size of the file, header included."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of the file, header included."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.frames, self.height, self.width, 3
+
+    def __str__(self) -> str:
+        return f"{self.split}/{self.name} ({self.frames} frames of {self.height}x{self.width})"
+
+
+class Index(Section):
+    """The content of `index.json`."""
+
+    format: Literal[1]
+    dataset: str
+    """The folder of `data/raw/` it was prepared from."""
+    clips: tuple[Clip, ...]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared data set; holds no open files, so it travels to worker processes as it is."""
+
+    root: Path
+    index: Index
+    digest: str
+    """SHA-256 (hex) of the index; since the index holds the digest of every clip, it stands for all pixels."""
+
+    @classmethod
+    def open(cls, root: Path) -> "PreparedData":
+        """Read the index of `root` and check that each clip is there in full size (content: `verify`).
+
+        Raises DataError where the data set is missing, damaged or cut off; it names the file.
+        """
+        path = root / "index.json"
+        try:
+            text = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(f"{root}: expected a prepared data set, found no index.json; {PREPARE}") from None
+        try:
+            index = parse(Index, json.loads(text), path)
+        except (ParamsError, ValueError) as error:
+            raise DataError(f"{path}: expected an index of format {FORMAT}, found a damaged or foreign file; {PREPARE}\n{error}") from None
+        for clip in index.clips:
+            _check_size(root / clip.file, clip)
+        return cls(root, index, hashlib.sha256(text).hexdigest())
+
+    def clips(self, split: Split) -> tuple[Clip, ...]:
+        return tuple(clip for clip in self.index.clips if clip.split == split)
+
+    def read(self, clip: Clip, first_frame: int, frames: int, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """A crop of some frames: uint8, (frames, height, width, 3), a copy of its own.
+
+        Raises DataError where the crop leaves the clip or the file can't be read any more.
+        """
+        parts = (("frames", first_frame, frames, clip.frames), ("rows", top, height, clip.height), ("columns", left, width, clip.width))
+        for what, first, count, size in parts:
+            if first < 0 or count < 1 or first + count > size:
+                raise DataError(f"clip {clip}: expected {what} within 0 to {size}, found {first} to {first + count}; ask for a part of the clip")
+        stored = self._map(clip)
+        return np.array(stored[first_frame : first_frame + frames, top : top + height, left : left + width])
+
+    def read_whole(self, clip: Clip) -> np.ndarray:
+        """uint8, (D, H, W, 3)."""
+        return self.read(clip, 0, clip.frames, 0, 0, clip.height, clip.width)
+
+    def verify(self) -> None:
+        """Read everything and compare it with the digests of the index. Raises DataError, which names the first clip that differs."""
+        with progress("verifying", len(self.index.clips), "clips") as bar:
+            for clip in self.index.clips:
+                path = self.root / clip.file
+                _check_size(path, clip)
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                if found != clip.sha256:
+                    raise DataError(f"{path}: expected SHA-256 {clip.sha256[:12]}..., found {found[:12]}...; the file has changed: {PREPARE}")
+                bar.advance(clip=clip.name)
+
+    def _map(self, clip: Clip) -> np.ndarray:
+        path = self.root / clip.file
+        try:
+            stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path}: expected clip {clip}, found a file that can't be read ({error}); {PREPARE}") from None
+        if stored.shape != clip.shape or stored.dtype != np.uint8:
+            raise DataError(f"{path}: expected uint8 {clip.shape}, found {stored.dtype} {stored.shape}; {PREPARE}")
+        return stored
+
+
+def _check_size(path: Path, clip: Clip) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError:
+        raise DataError(f"{path}: expected clip {clip}, found no file; {PREPARE}") from None
+    if found != clip.bytes:
+        raise DataError(f"{path}: expected {clip.bytes} bytes, found {found}; the file is cut off or damaged: {PREPARE}")
+
+
+class Writer:
+    """Writes the clips of a data set that is not in place yet; see `writing`."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._clips: list[Clip] = []
+
+    def add(self, split: Split, name: str, frames: int, pixels: Iterable[np.ndarray]) -> Clip:
+        """Store a clip of `frames` frames; `pixels` yields each as uint8 (H, W, 3) and is never held in whole.
+
+        Raises DataError where it yields another number of frames, or frames of changing size.
+        """
+        file_name = f"{split}/{name}.npy"
+        path = self._folder / file_name
+        path.parent.mkdir(exist_ok=True)
+        stream = iter(pixels)
+        first = next(stream, None)
+        if first is None:
+            raise DataError(f"clip {split}/{name}: expected {frames} frames, found none; check the frame ranges in dataset.yaml")
+        height, width, _ = first.shape
+        digest = hashlib.sha256()
+        with path.open("xb") as file:
+            for part in chain([_header((frames, *first.shape))], _serialised(f"{split}/{name}", frames, first.shape, chain([first], stream))):
+                file.write(part)
+                digest.update(part)
+            size = file.tell()
+        shape = {"frames": frames, "height": height, "width": width}
+        clip = Clip(split=split, name=name, file=file_name, **shape, bytes=size, sha256=digest.hexdigest())
+        self._clips.append(clip)
+        return clip
+
+    def finish(self, dataset: str) -> None:
+        """Write the index. Canonical JSON (sorted keys and clips, no spaces), so that equal data has an equal digest."""
+        clips = sorted(self._clips, key=lambda clip: (SPLITS.index(clip.split), clip.name))
+        content = Index(format=FORMAT, dataset=dataset, clips=tuple(clips)).model_dump(mode="json")
+        (self._folder / "index.json").write_text(json.dumps(content, sort_keys=True, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def writing(root: Path, dataset: str) -> Iterator[Writer]:
+    """Write a data set and put it in the place of `root` at the end of the block, all of it or (after an error or a kill) nothing.
+
+    It grows in a hidden folder beside `root`; what a killed writer left there, the next one tidies up.
+    """
+    new, old = (root.parent / f".{root.name}.{state}" for state in ("new", "old"))
+    if old.exists() and not root.exists():
+        old.rename(root)  # killed between the two renames below
+    for left_over in (new, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        writer = Writer(new)
+        yield writer
+        writer.finish(dataset)
+        if root.exists():
+            root.rename(old)
+        new.rename(root)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """The start of an .npy file that holds uint8 of that shape."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def _serialised(clip: str, frames: int, shape: tuple[int, ...], pixels: Iterable[np.ndarray]) -> Iterator[bytes]:
+    count = 0
+    for count, frame in enumerate(pixels, start=1):
+        if frame.shape != shape or frame.dtype != np.uint8:
+            raise DataError(
+                f"clip {clip}: expected each frame as uint8 {shape}, found {frame.dtype} {frame.shape} in frame {count}; cut the source there"
+            )
+        yield frame.tobytes()
+    if count != frames:
+        raise DataError(f"clip {clip}: expected {frames} frames, found {count}; check the frame ranges in dataset.yaml")

@@ -1,0 +1,105 @@
+"""`vrt data import`: make a data set below `data/raw/` from a video or a folder of frames.
+
+The source is copied as it is; the dataset.yaml beside it says which frames belong to which split. Everything is decoded
+once before, so that what is imported can also be prepared.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from vrt.data.clips import SPLITS, DataError
+from vrt.data.decoding import expected_frames, image_frames, image_paths, video_frames
+from vrt.observe import log, progress
+
+# Long enough for every published configuration but the 16-frame one, whose training split is far longer anyway.
+MINIMUM_FRAMES = 8
+# Parts of the source, in order; neighbouring frames are alike, so each split is one contiguous range.
+VALIDATION_PART, TEST_PART = 0.1, 0.1
+FRAMES_FOLDER = "frames"
+
+
+def import_dataset(source: Path, name: str, raw_root: Path) -> Path:
+    """Copy a video, or the images of a folder, into a new data set `raw_root`/`name`, and split it; returns that folder.
+
+    Raises DataError for a name that is taken or odd, and for a source that is missing, empty, no video, damaged, too
+    short or of changing frame size; nothing is left behind then.
+    """
+    target = raw_root / name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise DataError(f"name {name!r}: expected letters, digits, '.', '_' and '-', starting with a letter or digit; choose another --name")
+    if target.exists():
+        raise DataError(f"{target}: expected a new data set, found an existing one; choose another --name or remove that folder")
+    if not source.exists():
+        raise DataError(f"{source}: expected a video or a folder of frames, found nothing; check the path")
+    with _new_folder(target) as folder:
+        described, count = _import_frames(source, folder) if source.is_dir() else _import_video(source, folder)
+        splits = split_frames(count, source)
+        _write_yaml(folder / "dataset.yaml", {**described, "splits": splits}, f"Imported from {source.name!r}, {count} frames")
+    ranges = ", ".join(f"{split} {first} to {end - 1}" for split, [(first, end)] in splits.items())
+    log.info("imported %d frames into %s: %s", count, target, ranges)
+    return target
+
+
+def split_frames(count: int, source: Path) -> dict[str, list[tuple[int, int]]]:
+    """{split: [(first frame, frame after the last)]}: about 80 % for training, then 10 % for validation and 10 % for the test.
+
+    Raises DataError where a split would have fewer than MINIMUM_FRAMES.
+    """
+    if count < 3 * MINIMUM_FRAMES:
+        least = f"at least {3 * MINIMUM_FRAMES} frames ({MINIMUM_FRAMES} for each of {', '.join(SPLITS)})"
+        raise DataError(f"{source}: expected {least}, found {count}; import a longer video")
+    val, test = (max(MINIMUM_FRAMES, round(count * part)) for part in (VALIDATION_PART, TEST_PART))
+    return {"train": [(0, count - val - test)], "val": [(count - val - test, count - test)], "test": [(count - test, count)]}
+
+
+def _import_video(source: Path, folder: Path) -> tuple[dict[str, str], int]:
+    """(what dataset.yaml says about the source, its number of frames)"""
+    count = 0
+    with progress(f"decoding {source.name}", expected_frames(source), "frames") as bar:
+        for _ in video_frames(source):
+            count += 1
+            bar.advance()
+    file = f"video{source.suffix}"
+    shutil.copyfile(source, folder / file)
+    return {"kind": "video", "file": file}, count
+
+
+def _import_frames(source: Path, folder: Path) -> tuple[dict[str, str], int]:
+    paths = image_paths(source)
+    ignored = sum(1 for path in source.iterdir() if not path.name.startswith(".")) - len(paths)
+    if ignored:
+        log.warning("%s: ignoring %d entries that are no images", source, ignored)
+    with progress(f"decoding {source.name}", len(paths), "frames") as bar:
+        for _ in image_frames(paths):
+            bar.advance()
+    (folder / FRAMES_FOLDER).mkdir()
+    for path in paths:
+        shutil.copyfile(path, folder / FRAMES_FOLDER / path.name)
+    return {"kind": "frames", "folder": FRAMES_FOLDER}, len(paths)
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder that gets its name `target` at the end of the block; an error or a kill leaves none of that name."""
+    hidden = target.parent / f".{target.name}.new"
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    try:
+        yield hidden
+        hidden.rename(target)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _write_yaml(path: Path, content: dict, comment: str) -> None:
+    yaml = YAML()
+    yaml.default_flow_style = None  # ranges as [0, 80]
+    text = StringIO()
+    yaml.dump(content, text)
+    path.write_text(f"# {comment}; ranges are [first frame, frame after the last].\n{text.getvalue()}", encoding="utf-8")
