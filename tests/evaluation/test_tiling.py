@@ -1,0 +1,223 @@
+"""Tiles change the memory that a restoration takes, not its result."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vrt.evaluation.tiling import blend_weights, restore, tile_count, tile_spans
+
+
+@st.composite
+def axes(draw, longest: int = 40):
+    """Length of an axis, its tile and its overlap."""
+    tile = draw(st.integers(1, 12))
+    return draw(st.integers(1, longest)), tile, draw(st.integers(0, tile - 1))
+
+
+@st.composite
+def tilings(draw):
+    """Size of a clip, tile and overlap, as (frames, height, width) each."""
+    return tuple(zip(draw(axes(longest=12)), draw(axes(longest=30)), draw(axes(longest=30))))
+
+
+class Recorder(nn.Module):
+    """Passes everything through and keeps the shapes it saw and the mode it was in."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Dropout(0.5)
+        self.shapes: list[tuple[int, ...]] = []
+        self.modes: list[tuple[bool, bool]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shapes.append(tuple(x.shape[-4:]))
+        self.modes.append((self.training, self.part.training))
+        return x[:, :, :3]
+
+
+class Blur(nn.Module):
+    """Mean over 3 frames and 3 x 3 pixels, zeros outside: sees one place in every direction."""
+
+    REACH = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.full((3, 1, 3, 3, 3), 1 / 27)
+        return nn.functional.conv3d(x.transpose(1, 2), weight, padding=1, groups=3).transpose(1, 2)
+
+
+def clip(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+@given(axis=axes())
+def test_spans_cover_the_axis_in_whole_tiles_that_share_the_overlap(axis):
+    length, tile, overlap = axis
+    spans = tile_spans(*axis)
+    assert spans[0][0] == 0 and spans[-1][1] == length
+    assert all(stop - start == min(tile, length) for start, stop in spans)
+    assert all(earlier[1] - later[0] >= overlap for earlier, later in zip(spans, spans[1:]))
+    assert all(earlier[0] < later[0] for earlier, later in zip(spans, spans[1:]))
+    assert not length > tile or len(spans) == -(-(length - overlap) // (tile - overlap)), "no tile more than needed"
+
+
+@given(axis=axes(), scale=st.sampled_from([1, 4]))
+@settings(deadline=None)
+def test_weights_are_positive_and_sum_to_one(axis, scale):
+    length, _, overlap = axis
+    spans = tile_spans(*axis)
+    total = torch.zeros(length * scale)
+    for (start, stop), weight in zip(spans, blend_weights(spans, overlap * scale, scale)):
+        assert (weight > 0).all()
+        total[start * scale : stop * scale] += weight
+    torch.testing.assert_close(total, torch.ones(length * scale))
+
+
+def test_weights_rise_linearly_over_the_overlap():
+    first, second = blend_weights([(0, 10), (6, 16)], ramp=4, scale=1)
+    torch.testing.assert_close(second, torch.tensor([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1]))
+    torch.testing.assert_close(first, second.flip(0))
+
+
+def test_the_weights_of_an_output_rise_over_its_own_pixels():
+    first, second = blend_weights([(0, 4), (2, 6)], ramp=8, scale=4)
+    torch.testing.assert_close(second[:8], torch.arange(1, 9) / 9)
+    torch.testing.assert_close(first, second.flip(0))
+
+
+def test_the_ends_of_the_clip_are_no_cuts():
+    """A last tile that was moved far inwards starts badly informed where the first one is well informed."""
+    first, last = blend_weights([(0, 16), (1, 17)], ramp=4, scale=1)
+    torch.testing.assert_close(last[:5], torch.tensor([1, 2, 3, 4, 5]) / torch.tensor([6, 7, 8, 9, 10]))
+    torch.testing.assert_close(first, last.flip(0))
+
+
+def test_tiles_that_disagree_leave_no_seam():
+    """One tile returns 0, the next 1: the result climbs in equal steps over all of the overlap, not in one jump."""
+
+    class OnePerTile(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :, :, :, :1].expand_as(x).ceil()
+
+    ramp_from_zero = torch.linspace(0, 1, 28).expand(1, 2, 3, 4, 28)
+    restored = restore(OnePerTile(), ramp_from_zero, (2, 4, 18), (0, 0, 8), 1)
+    steps = restored[0, 0, 0, 0].diff()
+    torch.testing.assert_close(steps[9:18], torch.full((9,), 1 / 9))
+    assert (steps[:9] == 0).all() and (steps[18:].abs() < 1e-6).all()
+
+
+def test_enlarged_tiles_that_disagree_leave_no_seam():
+    class OnePerTile(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :, :, :1, :1].ceil().repeat(1, 1, 1, 4 * x.shape[-2], 4 * x.shape[-1])
+
+    ramp_from_zero = torch.linspace(0, 1, 10).view(10, 1).expand(1, 2, 3, 10, 4)
+    steps = restore(OnePerTile(), ramp_from_zero, (2, 6, 4), (0, 2, 0), 4)[0, 0, 0, :, 0].diff()
+    torch.testing.assert_close(steps[15:24], torch.full((9,), 1 / 9))
+
+
+@given(tiling=tilings())
+@settings(deadline=None, max_examples=40)
+def test_a_network_of_single_pixels_gives_the_whole_clip(tiling):
+    size, tile, overlap = tiling
+    degraded = clip(2, size[0], 3, *size[1:])
+    network = nn.Hardtanh(0.2, 0.8)
+    torch.testing.assert_close(restore(network, degraded, tile, overlap, 1), network(degraded), rtol=0, atol=5e-6)
+
+
+@given(tiling=tilings())
+@settings(deadline=None, max_examples=20)
+def test_a_network_that_enlarges_gives_the_whole_clip(tiling):
+    size, tile, overlap = tiling
+    degraded = clip(1, size[0], 3, *size[1:])
+    network = nn.Upsample(scale_factor=(1, 4, 4))
+    channels_first = nn.Sequential(Swap(), network, Swap())
+    torch.testing.assert_close(restore(channels_first, degraded, tile, overlap, 4), channels_first(degraded), rtol=0, atol=5e-6)
+
+
+class Swap(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+@given(tiling=tilings())
+@settings(deadline=None, max_examples=40)
+def test_a_network_with_a_small_reach_gives_the_whole_clip_away_from_cuts(tiling):
+    size, tile, overlap = tiling
+    degraded = clip(1, size[0], 3, *size[1:])
+    reached = [torch.ones(length, dtype=torch.bool) for length in size]
+    for near, *axis in zip(reached, size, tile, overlap):
+        for start, stop in tile_spans(*axis):
+            near[start : start + Blur.REACH] &= start == 0
+            near[stop - Blur.REACH : stop] &= stop == axis[0]
+    same = reached[0].view(-1, 1, 1, 1) & reached[1].view(-1, 1) & reached[2]
+    difference = (restore(Blur(), degraded, tile, overlap, 1) - Blur()(degraded)).abs()
+    assert (difference[:, same.expand_as(difference[0])] < 5e-6).all()
+
+
+def test_a_clip_in_one_tile_is_one_call_with_the_very_same_bits():
+    network = Recorder()
+    degraded = clip(1, 5, 4, 20, 30) - 0.5
+    restored = restore(network, degraded, (5, 20, 40), (2, 8, 8), 1)
+    assert network.shapes == [(5, 4, 20, 30)]
+    assert torch.equal(restored, degraded[:, :, :3])
+
+
+def test_the_network_never_sees_more_or_less_than_a_tile():
+    network = Recorder()
+    restore(network, clip(1, 11, 4, 20, 50), (4, 16, 64), (1, 4, 8), 1)
+    assert set(network.shapes) == {(4, 4, 16, 50)}
+    assert len(network.shapes) == tile_count((11, 20, 50), (4, 16, 64), (1, 4, 8)) == 4 * 2
+
+
+def test_progress_is_told_of_every_tile():
+    ticks = []
+    restore(Recorder(), clip(1, 11, 3, 20, 50), (4, 16, 64), (1, 4, 8), 1, lambda: ticks.append(1))
+    assert len(ticks) == 8
+
+
+def test_every_module_gets_its_own_mode_back():
+    network = Recorder().train()
+    network.part.eval()
+    restore(network, clip(1, 2, 3, 4, 4), (2, 4, 4), (0, 0, 0), 1)
+    assert network.modes == [(False, False)]
+    assert (network.training, network.part.training) == (True, False)
+
+
+def test_the_mode_comes_back_after_an_error():
+    network = nn.Conv3d(7, 7, 1).train()
+    with pytest.raises(RuntimeError):
+        restore(network, clip(1, 2, 3, 4, 4), (2, 4, 4), (0, 0, 0), 1)
+    assert network.training
+
+
+def test_what_a_network_keeps_from_a_restoration_is_fit_for_training():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(()))
+            self.mask = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.mask is None:
+                self.mask = torch.full((1,), 2.0)
+            return x * (self.gain * self.mask)
+
+    network = Keeps()
+    restored = restore(network, clip(1, 2, 3, 4, 4), (2, 4, 4), (0, 0, 0), 1)
+    assert not restored.requires_grad
+    network(torch.ones(1, 2, 3, 4, 4)).sum().backward()
+    assert network.gain.grad == 2 * 96
+
+
+def test_an_overlap_as_large_as_the_tile_is_named():
+    with pytest.raises(ValueError) as error:
+        restore(Recorder(), clip(1, 2, 3, 4, 4), (2, 4, 4), (0, 4, 0), 1)
+    assert str(error.value) == "overlap: expected 0 or more and less than the tile (2, 4, 4), found (0, 4, 0); lower evaluate.overlap"
+
+
+def test_an_output_of_another_size_is_named():
+    with pytest.raises(ValueError) as error:
+        restore(Recorder(), clip(1, 2, 3, 4, 4), (2, 4, 4), (0, 0, 0), 4)
+    assert str(error.value) == "output of the network for one tile: expected (1, 2, 3, 16, 16), found (1, 2, 3, 4, 4); check network.upscale"

@@ -1,0 +1,1 @@
+"""How good is a network: restore whole clips, measure them against the truth, show the result."""

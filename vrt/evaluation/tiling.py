@@ -1,0 +1,98 @@
+"""Restore a whole clip with bounded device memory: in tiles that overlap in time and space and blend without seams.
+
+Axes: B batch, D frames, C channels, H height, W width; lower-case h, w are those of the input.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Size = tuple[int, int, int]
+"""Frames, height, width."""
+
+
+def restore(network: nn.Module, degraded: Tensor, tile: Size, overlap: Size, upscale: int, progress: Callable[[], object] | None = None) -> Tensor:
+    """Restore a clip: (B, D, C, h, w) -> (B, D, 3, h * upscale, w * upscale) on the CPU.
+
+    `tile` and `overlap` are frames, height and width of the input; an axis shorter than its tile is taken whole, so a clip that
+    fits in one tile gives the very bits of `network(degraded)`. Only one tile at a time lies on the network's device. The modes
+    (training or evaluation) of the network and its parts are as before afterwards. `progress` is called once per tile.
+
+    Raises ValueError if the overlap does not leave a tile room to advance, or the network returns another shape than expected.
+    """
+    if any(o >= t or o < 0 for o, t in zip(overlap, tile)):
+        raise ValueError(f"overlap: expected 0 or more and less than the tile {tuple(tile)}, found {tuple(overlap)}; lower evaluate.overlap")
+    batch, frames, _, height, width = degraded.shape
+    spans = [tile_spans(*axis) for axis in zip((frames, height, width), tile, overlap)]
+    scales = (1, upscale, upscale)
+    ramps = [blend_weights(axis, o * scale, scale) for axis, o, scale in zip(spans, overlap, scales)]
+    device = next(network.parameters(), degraded).device
+
+    restored = torch.zeros(batch, frames, 3, height * upscale, width * upscale)
+    # Not inference_mode: masks that the network computes here and keeps must remain fit for training.
+    with _evaluation_mode(network), torch.no_grad():
+        for place in itertools.product(*(range(len(axis)) for axis in spans)):
+            time, rows, columns = (slice(*axis[i]) for axis, i in zip(spans, place))
+            output = network(degraded[:, time, :, rows, columns].to(device)).float().cpu()
+            time, rows, columns = (slice(span.start * scale, span.stop * scale) for span, scale in zip((time, rows, columns), scales))
+            target = restored[:, time, :, rows, columns]
+            _check_shape(output, target)
+            in_time, down, across = (axis[i] for axis, i in zip(ramps, place))
+            target += output * in_time.view(-1, 1, 1, 1) * down.view(-1, 1) * across
+            if progress:
+                progress()
+    return restored
+
+
+def tile_count(size: Size, tile: Size, overlap: Size) -> int:
+    """How many tiles `restore` takes for an input of `size`."""
+    spans = [tile_spans(*axis) for axis in zip(size, tile, overlap)]
+    return len(spans[0]) * len(spans[1]) * len(spans[2])
+
+
+def tile_spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """Where the tiles of an axis start and end. The last one is moved inwards: it shares more, so that none needs padding."""
+    if length <= tile:
+        return [(0, length)]
+    starts = [*range(0, length - tile, tile - overlap), length - tile]
+    return [(start, start + tile) for start in starts]
+
+
+def blend_weights(spans: list[tuple[int, int]], ramp: int, scale: int) -> list[Tensor]:
+    """Weights of the outputs of an axis, one vector per tile: at every place those of all tiles sum to 1.
+
+    A weight rises linearly over `ramp` places from an edge that cuts the clip, where the network saw least of the surroundings.
+    The ends of the clip are no cuts. A tile alone has weights of exactly 1.
+    """
+    end = spans[-1][1] * scale
+    weights = []
+    for start, stop in ((start * scale, stop * scale) for start, stop in spans):
+        place = torch.arange(start, stop, dtype=torch.float64)
+        from_start = place - start + 1 if start > 0 else torch.full_like(place, ramp + 1)
+        from_stop = stop - place if stop < end else torch.full_like(place, ramp + 1)
+        weights.append(torch.minimum(from_start, from_stop).clamp(max=ramp + 1))
+    total = torch.zeros(end, dtype=torch.float64)
+    for (start, stop), weight in zip(spans, weights):
+        total[start * scale : stop * scale] += weight
+    return [(weight / total[start * scale : stop * scale]).float() for (start, stop), weight in zip(spans, weights)]
+
+
+def _check_shape(output: Tensor, target: Tensor) -> None:
+    if output.shape != target.shape:
+        found = f"found {tuple(output.shape)}"
+        raise ValueError(f"output of the network for one tile: expected {tuple(target.shape)}, {found}; check network.upscale")
+
+
+@contextmanager
+def _evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each module's own mode again, since parts may be frozen in another than the whole."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
