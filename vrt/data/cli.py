@@ -3,10 +3,6 @@
 import argparse
 from pathlib import Path
 
-from vrt.data.importing import import_dataset
-from vrt.data.prepare import prepare
-from vrt.params import load_params
-
 RAW = Path("data/raw")
 PREPARED = Path("data/prepared")
 
@@ -28,6 +24,11 @@ def run(args: argparse.Namespace) -> int:
 
     Raises DataError or ParamsError, whose messages are for the user.
     """
+    # Here, not above: they import torch, and `vrt --help` has no use for it.
+    from vrt.data.importing import import_dataset
+    from vrt.data.prepare import prepare
+    from vrt.params import load_params
+
     if "source" in args:
         folder = import_dataset(args.source, args.name, RAW)
         print(f"Next: set data.dataset: {args.name} in params.yaml, run `dvc add {folder}` to version it, and `dvc repro` to train.")

@@ -1,0 +1,1 @@
+"""Prefect flows: when, where, retries, cancellation. Nothing imports this package."""

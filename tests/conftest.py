@@ -1,0 +1,193 @@
+"""Fixtures for all tests: one set of real local services per session, apart from those of whoever runs the tests."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+from vrt.data.prepare import prepare
+from vrt.services import Endpoints, endpoints, local, process, project, state
+
+REPOSITORY = Path(__file__).parents[1]
+
+TINY = {
+    "data__dataset": "tiny",
+    "network__img_size": [2, 16, 16],
+    "network__window_size": [2, 4, 4],
+    "network__depths": [1, 1, 1, 1, 1, 1, 1, 1],
+    "network__indep_reconsts": [7],
+    "network__embed_dims": [8] * 8,
+    "network__num_heads": [2] * 8,
+    "network__deformable_groups": 2,
+    "optimizer__flow_frozen_steps": 6,
+    "train__frames": 2,
+    "train__crop": 16,
+    "train__threads": 1,
+    "train__total_steps": 24,
+    "train__checkpoint_every": 4,
+    "train__validate_every": 4,
+    "evaluate__tile": [3, 40, 40],
+    "evaluate__overlap": [1, 8, 8],
+}
+"""A recipe that trains in seconds."""
+
+
+@dataclass(frozen=True)
+class LocalServices:
+    """Running services: `environment` is the whole environment of a child process, `endpoints` their addresses and keys."""
+
+    home: Path
+    environment: Mapping[str, str]
+    endpoints: Endpoints
+
+
+@pytest.fixture(scope="session")
+def nothing_given() -> Iterator[None]:
+    """For the session, forget whatever leads to services of the user's: no test may touch those, or their project."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("VRT_HOME", "MLFLOW_DEFAULT_ARTIFACT_ROOT", *(name for names in endpoints.GIVEN_BY.values() for name in names)):
+            patch.delenv(variable, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def ended_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, as `timeout` and CI send it, end the session the way Ctrl-C does: with every fixture put away."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="session")
+def make_home(nothing_given: None, ended_like_ctrl_c: None) -> Callable[[Path], Path]:
+    """Prepares a folder as `VRT_HOME`, with ports that neither the user's services nor another session's may take at any moment."""
+
+    def prepare(home: Path) -> Path:
+        folder = home / "services"
+        state.make_folder(folder)
+        # Below the ports that the kernel hands out, spread by process so that sessions at the same time do not meet.
+        first = 11000 + os.getpid() * 20 % 20000
+        ports: dict[str, int] = {}
+        for name in state.DEFAULT_PORTS:
+            ports[name] = process.free_port(first, without=ports.values())
+        state.save(folder, state.new_state(ports))
+        return home
+
+    return prepare
+
+
+@pytest.fixture(scope="session")
+def local_services(tmp_path_factory: pytest.TempPathFactory, make_home: Callable[[Path], Path]) -> Iterator[LocalServices]:
+    """S3, MLflow and Prefect, started once for the session and ended with it, also by Ctrl-C."""
+    home = make_home(tmp_path_factory.mktemp("session") / ".vrt")
+    try:
+        local.up(home)
+        running = state.load(home / "services")
+        assert running is not None
+        environment = {**os.environ, "VRT_HOME": str(home), **local.load_environment(home)}
+        yield LocalServices(home, environment, running.endpoints)
+    finally:
+        local.down(home)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A project folder of its own, with the repository's dvc.yaml and flows, a tiny network and a tiny data set."""
+
+    root: Path
+    environment: Mapping[str, str]
+
+    def start(self, *command: str, **options) -> subprocess.Popen:
+        """`python -m COMMAND` in the workspace; its output goes to `log`, which is emptied first."""
+        self.log.write_text("")
+        with self.log.open("a") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", *command], cwd=self.root, env=self.environment, stdout=output, stderr=subprocess.STDOUT, **options
+            )
+
+    def run(self, *command: str, **options) -> subprocess.CompletedProcess:
+        """`python -m COMMAND` to its end; `stdout` holds all it printed."""
+        return subprocess.run(
+            [sys.executable, "-m", *command],
+            check=False,
+            cwd=self.root,
+            env={**self.environment, **options.pop("variables", {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            **options,
+        )
+
+    @property
+    def log(self) -> Path:
+        return self.root / "command.log"
+
+    def wait_for(self, text: str, process: subprocess.Popen | psutil.Process) -> None:
+        """Until the log of a started command says `text`."""
+        for _ in range(3000):
+            if text in self.log.read_text():
+                return
+            assert psutil.pid_exists(process.pid) and psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE, (
+                f"ended without saying {text!r}:\n{self.log.read_text()}"
+            )
+            time.sleep(0.05)
+        raise AssertionError(f"did not say {text!r}:\n{self.log.read_text()}")
+
+    def edit(self, **values: object) -> None:
+        """Set params by dotted key, with `__` for the dot."""
+        tree = YAML().load((self.root / "params.yaml").read_text())
+        for key, value in values.items():
+            *path, last = key.split("__")
+            section = tree
+            for part in path:
+                section = section[part]
+            section[last] = value
+        YAML().dump(tree, self.root / "params.yaml")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw data set `tiny`, and what `vrt prepare` makes of it."""
+    root = tmp_path_factory.mktemp("tiny")
+    raw = root / "raw" / "tiny"
+    raw.mkdir(parents=True)
+    content = YAML(typ="safe").load((REPOSITORY / "data/raw/quickstart/dataset.yaml").read_text())
+    for name, split in content["splits"].items():
+        split |= {"clips": 2 if name == "train" else 1, "frames": 3, "height": 40, "width": 40}
+    YAML().dump(content, raw / "dataset.yaml")
+    prepare(raw, root / "prepared")
+    return root
+
+
+@pytest.fixture
+def make_workspace(tmp_path: Path, local_services: "LocalServices", tiny_data: Path) -> Callable[[str], Workspace]:
+    """Makes workspaces against the session's services. Names are unique in the session, since a lineage is found by its name."""
+
+    def make(name: str) -> Workspace:
+        root = tmp_path / name
+        root.mkdir()
+        for path in ("vrt", "pipelines"):
+            shutil.copytree(REPOSITORY / path, root / path, ignore=shutil.ignore_patterns("__pycache__"))
+        (root / ".dvc").mkdir()
+        for path in ("dvc.yaml", ".dvcignore", ".dvc/config"):
+            shutil.copy2(REPOSITORY / path, root / path)
+        shutil.copytree(tiny_data, root / "data")
+        shutil.copy2(REPOSITORY / "recipes/quickstart.yaml", root / "params.yaml")
+        subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
+        project.configure(root, state.load(local_services.home / "services"), local_services.endpoints)
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        workspace = Workspace(root, {**local_services.environment, "PATH": path, "PYTHONPATH": str(root)})
+        workspace.edit(**TINY, name=f"{name}-{os.getpid()}-{time.monotonic_ns()}")
+        return workspace
+
+    return make

@@ -1,0 +1,149 @@
+"""The promise: killed at any moment and moved to an empty machine, a training ends as if nothing had happened."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+
+DETERMINISTIC = ("train/loss", "train/lr", "val/psnr", "val/ssim")
+
+
+def lineage_folder(workspace):
+    (folder,) = (path for path in (workspace.root / "checkpoints").iterdir() if path.is_dir())
+    return folder
+
+
+def metric_points(workspace) -> dict[str, list[tuple[int, float]]]:
+    """Every point MLflow has, as logged: duplicates show."""
+    client = MlflowClient(workspace.environment["MLFLOW_TRACKING_URI"])
+    lineage = lineage_folder(workspace).name
+    experiment = client.get_experiment_by_name("vrt")
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`vrt.lineage` = '{lineage}'")
+    return {key: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)] for key in DETERMINISTIC}
+
+
+def assert_same_bits(one, other) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_same_bits(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other):
+            assert_same_bits(a, b)
+    else:
+        assert one == other
+
+
+def assert_same_training(one, other) -> None:
+    """The last checkpoints and the metrics history of two workspaces are bit-identical."""
+    for name in ("24_G.pth", "24_E.pth", "24_optimizerG.pth"):
+        first, second = (torch.load(lineage_folder(workspace) / name, weights_only=True) for workspace in (one, other))
+        assert_same_bits(first, second)
+    assert metric_points(one) == metric_points(other)
+    assert [step for step, _ in metric_points(one)["train/loss"]] == list(range(1, 25))
+
+
+@pytest.fixture
+def uninterrupted(make_workspace):
+    workspace = make_workspace("uninterrupted")
+    ended = workspace.run("vrt", "train")
+    assert ended.returncode == 0, ended.stdout
+    return workspace
+
+
+def test_killed_and_moved_to_an_empty_machine_the_training_ends_bit_identically(make_workspace, uninterrupted):
+    workspace = make_workspace("killed")
+    seed = time.time_ns()
+    print(f"seed of the kill: {seed}")
+    trainer = workspace.start("vrt", "train")
+    workspace.wait_for("checkpoint 4 registered", trainer)
+    time.sleep(random.Random(seed).uniform(0, 1.5))
+    trainer.kill()
+    trainer.wait()
+    shutil.rmtree(workspace.root / "checkpoints")
+
+    ended = workspace.run("vrt", "train")
+
+    assert ended.returncode == 0, ended.stdout
+    assert "(registered)" in ended.stdout, ended.stdout
+    assert_same_training(uninterrupted, workspace)
+
+
+def test_after_dvc_is_killed_the_next_repro_waits_for_the_orphan_and_continues(make_workspace, uninterrupted):
+    workspace = make_workspace("repro")
+    dvc = workspace.start("dvc", "repro", "train")
+    workspace.wait_for("checkpoint 4 registered", dvc)
+    (trainer,) = (child for child in psutil.Process(dvc.pid).children(recursive=True) if "vrt" in child.cmdline())
+    os.kill(dvc.pid, signal.SIGKILL)
+    dvc.wait()
+
+    ended = workspace.run("dvc", "repro", "train")
+
+    assert ended.returncode == 0, ended.stdout
+    assert not trainer.is_running()
+    assert_same_training(uninterrupted, workspace)
+    again = workspace.run("dvc", "repro", "train")
+    assert "didn't change, skipping" in again.stdout, again.stdout
+
+
+def test_sigterm_saves_the_step_at_hand_and_asks_to_be_continued(make_workspace, uninterrupted):
+    workspace = make_workspace("preempted")
+    trainer = workspace.start("vrt", "train")
+    workspace.wait_for("checkpoint 4 registered", trainer)
+    trainer.terminate()
+    assert trainer.wait(60) == 75, workspace.log.read_text()
+    assert "received SIGTERM" in workspace.log.read_text()
+
+    ended = workspace.run("vrt", "train")
+
+    assert ended.returncode == 0, ended.stdout
+    assert_same_training(uninterrupted, workspace)
+
+
+def test_a_trainer_whose_launcher_died_saves_and_ends(make_workspace):
+    workspace = make_workspace("orphan")
+    workspace.edit(train__total_steps=100_000)
+    with workspace.log.open("w") as output:
+        command = ["bash", "-c", f"{sys.executable} -m vrt train; true"]
+        launcher = subprocess.Popen(command, cwd=workspace.root, env=workspace.environment, stdout=output, stderr=subprocess.STDOUT)
+    workspace.wait_for("checkpoint 4 registered", launcher)
+    (trainer,) = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    launcher.wait()
+
+    psutil.wait_procs([trainer], timeout=60)
+
+    assert not trainer.is_running()
+    said = workspace.log.read_text()
+    assert f"process {launcher.pid}, which launched this one, is gone" in said
+    step = int(re.search(r"stopping after step (\d+)", said)[1])
+    assert f"checkpoint {step} registered" in said
+
+
+def test_a_second_trainer_is_refused_and_told_who_trains(make_workspace):
+    workspace = make_workspace("two")
+    workspace.edit(train__total_steps=100_000)
+    first = workspace.start("vrt", "train")
+    workspace.wait_for("starting at step 1", first)
+
+    second = workspace.run("vrt", "train")
+
+    assert second.returncode == 1
+    assert f"process {first.pid} has been training here since" in second.stdout
+    assert "one trainer at a time" in second.stdout
+    assert "Traceback" not in second.stdout
+    first.terminate()
+    assert first.wait(60) == 75

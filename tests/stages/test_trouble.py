@@ -1,0 +1,98 @@
+"""What a person reads when something is wrong, and what recovers by itself."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_FAILED
+
+
+def test_broken_params_name_the_key_what_was_found_and_what_is_allowed(make_workspace):
+    workspace = make_workspace("params")
+    workspace.edit(optimizer__lr=-1.0)
+    ended = workspace.run("vrt", "train")
+    assert ended.returncode == EXIT_BAD_INPUT
+    assert "params.yaml: 1 wrong value" in ended.stdout
+    assert "optimizer.lr: found -1.0; input should be greater than 0" in ended.stdout
+    assert "Traceback" not in ended.stdout
+    assert not (workspace.root / "checkpoints").exists()
+
+
+def test_a_missing_data_set_says_how_to_make_it(make_workspace):
+    workspace = make_workspace("data")
+    shutil.rmtree(workspace.root / "data/prepared")
+    ended = workspace.run("vrt", "train")
+    assert ended.returncode == EXIT_BAD_INPUT
+    assert "data/prepared" in ended.stdout and "dvc repro prepare" in ended.stdout
+    assert "Traceback" not in ended.stdout
+
+
+def test_services_that_are_down_are_named_at_the_start(make_workspace):
+    workspace = make_workspace("down")
+    ended = workspace.run("vrt", "train", variables={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
+    assert ended.returncode == EXIT_FAILED
+    assert "MLflow at http://127.0.0.1:9 does not answer" in ended.stdout
+    assert "vrt services status" in ended.stdout
+    assert "Traceback" not in ended.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a full disk is made by mounting a small one, which only root may")
+def test_a_full_outbox_folder_is_shown_loudly_and_nothing_saved_before_is_lost(make_workspace):
+    workspace = make_workspace("full")
+    workspace.edit(train__total_steps=8)
+    (workspace.root / "checkpoints").mkdir()
+    script = "mount -t tmpfs -o size=20m tmpfs checkpoints && python -m vrt train; code=$?; ls checkpoints/*/8_*; exit $code"
+    command = ["unshare", "--mount", "sh", "-c", script]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ended = subprocess.run(command, check=False, cwd=workspace.root, env=workspace.environment, timeout=120, **output)
+    assert ended.returncode == EXIT_FAILED, ended.stdout
+    assert "SAVE FAILED, training goes on" in ended.stdout and "(No space left on device); free space there" in ended.stdout
+    assert "the state after step 8 is not saved" in ended.stdout
+    assert "checkpoint 4 registered" in ended.stdout
+    assert "cannot access 'checkpoints/*/8_*'" in ended.stdout, "the step that failed leaves nothing behind"
+
+    recovered = workspace.run("vrt", "train")
+
+    assert recovered.returncode == 0, recovered.stdout
+    assert "continuing after step 4 of 8 (registered)" in recovered.stdout
+
+
+def test_a_truncated_checkpoint_is_set_aside_and_fetched_again(make_workspace):
+    workspace = make_workspace("truncated")
+    workspace.edit(train__total_steps=4)
+    assert workspace.run("vrt", "train").returncode == 0
+    (weights,) = (workspace.root / "checkpoints").glob("*/4_G.pth")
+    intact = weights.read_bytes()
+    weights.write_bytes(intact[:1000])
+
+    ended = workspace.run("vrt", "train")
+
+    assert ended.returncode == 0, ended.stdout
+    assert f"4_G.pth has 1000 bytes; the manifest says {len(intact)}" in ended.stdout
+    assert "fetched registered checkpoint 4" in ended.stdout
+    assert weights.read_bytes() == intact
+    assert (weights.parent / "damaged/4-1/4_G.pth").stat().st_size == 1000
+
+
+def test_changed_params_start_another_lineage_and_say_what_changed(make_workspace):
+    workspace = make_workspace("changed")
+    workspace.edit(train__total_steps=4)
+    assert workspace.run("vrt", "train").returncode == 0
+    workspace.edit(optimizer__lr=0.002, train__total_steps=5)
+
+    ended = workspace.run("vrt", "train")
+
+    assert ended.returncode == 0, ended.stdout
+    assert "this is a new training" in ended.stdout and "changed since: optimizer.lr: 0.001 -> 0.002" in ended.stdout
+
+
+def test_more_steps_continue_the_same_lineage(make_workspace):
+    workspace = make_workspace("longer")
+    workspace.edit(train__total_steps=4)
+    assert workspace.run("vrt", "train").returncode == 0
+    workspace.edit(train__total_steps=6)
+    ended = workspace.run("vrt", "train")
+    assert ended.returncode == 0, ended.stdout
+    assert "continuing after step 4 of 6" in ended.stdout

@@ -1,0 +1,5 @@
+import sys
+
+from vrt.cli import main
+
+sys.exit(main())

@@ -1,0 +1,13 @@
+"""What can go wrong with a checkpoint, by what its user has to do about it."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint can't be used or written as it is; the message says which, why, and the way on."""
+
+
+class StoreUnavailable(RuntimeError):
+    """The store or the registry did not answer. Worth trying again: training goes on meanwhile."""
+
+
+class LockedError(RuntimeError):
+    """Another trainer owns the checkpoint folder."""

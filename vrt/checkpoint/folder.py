@@ -1,0 +1,137 @@
+"""The local checkpoint folder: atomic commits, and the outbox of what is not registered yet.
+
+Flat and under KAIR's names (`40_G.pth`, `40_E.pth`, `40_optimizerG.pth`), so that KAIR can be pointed at it.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from vrt.checkpoint.errors import CheckpointError
+from vrt.checkpoint.manifest import FileEntry, Manifest, manifest_name, problems_of
+from vrt.checkpoint.serialize import HashingWriter
+
+Write = Callable[[HashingWriter], Any]
+"""Writes one file's content."""
+
+_UNFINISHED = ".unfinished-"
+
+
+class CheckpointFolder:
+    """The checkpoints of one lineage in `path`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def prepare(self) -> None:
+        """Create the folder and clear what a killed commit left behind. Call it as the folder's only writer.
+
+        Raises CheckpointError where the folder can't be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for leftover in self.path.glob(f"{_UNFINISHED}*"):
+                leftover.unlink()
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: the checkpoint folder can't be written ({error.strerror}); free it or choose another") from error
+
+    def commit(self, step: int, contents: Mapping[str, Write], describe: Callable[[tuple[FileEntry, ...]], Manifest]) -> Manifest:
+        """Write all files, then the manifest that `describe` makes of them; durable when this returns.
+
+        Raises CheckpointError (disk full, folder read-only): then nothing of this step is left behind.
+        """
+        try:
+            files = tuple(self._write(f"{step}_{name}", write) for name, write in contents.items())
+            manifest = describe(files)
+            self._write(manifest_name(step), lambda file: file.write(manifest.to_bytes()))
+            self._sync()
+        except OSError as error:
+            for name in (*(f"{step}_{name}" for name in contents), manifest_name(step)):
+                with suppress(OSError):
+                    (self.path / name).unlink()
+            hint = "free space there" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make the folder writable"
+            raise CheckpointError(f"{self.path}: step {step} could not be saved ({error.strerror}); {hint}: the next save tries again") from error
+        return manifest
+
+    def _write(self, name: str, write: Write) -> FileEntry:
+        unfinished = self.path / f"{_UNFINISHED}{name}"
+        try:
+            with unfinished.open("wb") as file:
+                writer = HashingWriter(file)
+                try:
+                    write(writer)
+                except RuntimeError as error:
+                    raise writer.error or error from error
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(self.path / name)
+        except BaseException:
+            with suppress(OSError):
+                unfinished.unlink()
+            raise
+        return FileEntry(name, writer.size, writer.sha256)
+
+    def _sync(self) -> None:
+        # The renames are durable only with the folder itself.
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def steps(self) -> list[int]:
+        """Steps with a manifest, newest first."""
+        names = (path.name for path in self.path.glob("*_manifest.json"))
+        return sorted((int(name.split("_")[0]) for name in names if name.split("_")[0].isdigit()), reverse=True)
+
+    def manifest(self, step: int) -> Manifest:
+        """The manifest of a committed step. Raises CheckpointError where it is not readable."""
+        path = self.path / manifest_name(step)
+        try:
+            return Manifest.from_bytes(path.read_bytes(), str(path))
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
+
+    def problems(self, step: int, lineage: str) -> list[str]:
+        """Why a committed step can't be trusted, in words. Empty: healthy."""
+        try:
+            manifest = self.manifest(step)
+        except CheckpointError as error:
+            return [str(error)]
+        if (manifest.lineage, manifest.step) != (lineage, step):
+            return [f"its manifest is of {manifest.lineage} step {manifest.step}"]
+        return problems_of(manifest, self.path)
+
+    def receive(self, manifest: Manifest, fetch: Callable[[FileEntry, Path], None]) -> None:
+        """Fill in a checkpoint from elsewhere; `fetch` writes one file to the path given.
+
+        The manifest comes last, as in a commit. Raises CheckpointError where what arrived is not what the manifest says.
+        """
+        for file in manifest.files:
+            unfinished = self.path / f"{_UNFINISHED}{file.name}"
+            try:
+                fetch(file, unfinished)
+                unfinished.replace(self.path / file.name)
+            except OSError as error:
+                raise CheckpointError(f"{self.path / file.name}: could not be written ({error.strerror})") from error
+        problems = problems_of(manifest, self.path)
+        if problems:
+            self.set_aside(manifest.step)
+            raise CheckpointError("; ".join(problems))
+        self._write(manifest_name(manifest.step), lambda file: file.write(manifest.to_bytes()))
+        self._sync()
+
+    def set_aside(self, step: int) -> Path:
+        """Move a damaged step's files out of the way, into `damaged/`, where they can still be looked at."""
+        number = 1
+        while (aside := self.path / "damaged" / f"{step}-{number}").exists():
+            number += 1
+        aside.mkdir(parents=True)
+        # The manifest goes first: without it the rest is no checkpoint, should this be interrupted.
+        for path in sorted(self.path.glob(f"{step}_*"), key=lambda path: path.name != manifest_name(step)):
+            shutil.move(path, aside / path.name)
+        return aside

@@ -1,0 +1,260 @@
+"""The registry: MLflow, where people browse trainings and their checkpoints, and where a checkpoint becomes registered.
+
+One run per lineage, continued by every attempt. The only module that imports MLflow.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+from vrt.checkpoint.manifest import Manifest
+from vrt.checkpoint.resume import Registered
+
+EXPERIMENT = "vrt"
+BUCKET = "mlflow"
+PREVIEW = "_preview.png"
+LATEST_STEP = "latest-step"
+
+Row = dict[str, float]
+"""One step's metrics by name, with the step itself under "step"."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """One training that may span many processes and machines."""
+
+    name: str
+    fingerprint: str
+    identity: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.fingerprint[:10]}"
+
+    @property
+    def model(self) -> str:
+        """The registered model its checkpoints are versions of."""
+        return f"vrt-{self.name}"
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """Another training of the same name: its lineage and its params as MLflow keeps them, as text."""
+
+    lineage: str
+    params: dict[str, str]
+
+
+class MlflowRegistry:
+    """The MLflow run and registered model of one lineage. `open` first."""
+
+    def __init__(self, lineage: Lineage):
+        self.lineage = lineage
+        self.run_id = ""
+        self.checkpoints_address = ""
+        self.attempt = 0
+        self._sent: dict[str, int] | None = None
+
+    def open(self, params: dict[str, Any], tags: dict[str, str]) -> None:
+        """Find or create the run of the lineage, mark it running, and count this attempt.
+
+        Raises StoreUnavailable where MLflow does not answer: without it nobody knows the latest registered step.
+        """
+        with self._guarded() as client:
+            experiment = self._experiment(client)
+            run = self._find(client, experiment) or self._create_run(client, experiment, params)
+            self.run_id = run.info.run_id
+            self.checkpoints_address = f"{run.info.artifact_uri}/checkpoints"
+            self.attempt = int(run.data.tags.get("vrt.attempts", 0)) + 1
+            for key, value in (tags | {"vrt.attempts": str(self.attempt)}).items():
+                client.set_tag(self.run_id, key, value)
+            client.update_run(self.run_id, status="RUNNING")
+
+    def attach(self) -> bool:
+        """Find the run of the lineage, to read it or add to it, without starting an attempt. False: there is none."""
+        with self._guarded() as client:
+            run = self._find(client, self._experiment(client))
+            self.run_id = run.info.run_id if run else ""
+        return bool(run)
+
+    def _find(self, client, experiment: str):
+        found = client.search_runs([experiment], filter_string=f"tags.`vrt.lineage` = '{self.lineage.id}'", max_results=1)
+        return found[0] if found else None
+
+    def _experiment(self, client) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            try:
+                # The kind makes MLflow open its pages for training, not those for language models.
+                kind = {"mlflow.experimentKind": "custom_model_development"}
+                return client.create_experiment(EXPERIMENT, artifact_location=f"s3://{BUCKET}/{EXPERIMENT}", tags=kind)
+            except MlflowException:
+                # Another trainer may have created it in between.
+                experiment = client.get_experiment_by_name(EXPERIMENT)
+                if experiment is None:
+                    raise
+        if not experiment.artifact_location.startswith("s3://"):
+            raise CheckpointError(
+                f"MLflow experiment {EXPERIMENT!r} keeps its artifacts at {experiment.artifact_location}; expected an s3:// location: "
+                "checkpoints are published to S3. Delete or rename that experiment and start again"
+            )
+        return experiment.experiment_id
+
+    def _create_run(self, client, experiment: str, params: dict[str, Any]):
+        from mlflow.entities import Param
+
+        run = client.create_run(experiment, run_name=self.lineage.id, tags={"vrt.lineage": self.lineage.id, "vrt.name": self.lineage.name})
+        # Values that change between attempts (total steps, intervals) keep their first value here; MLflow params are for ever.
+        client.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in params.items()])
+        return client.get_run(run.info.run_id)
+
+    def sibling(self) -> Sibling | None:
+        """The latest other training of the same name, to tell what changed."""
+        with self._guarded() as client:
+            mine = f"tags.`vrt.name` = '{self.lineage.name}'"
+            for run in client.search_runs([self._experiment(client)], filter_string=mine, max_results=2):
+                if run.data.tags["vrt.lineage"] != self.lineage.id:
+                    return Sibling(run.data.tags["vrt.lineage"], run.data.params)
+        return None
+
+    def registered(self) -> dict[int, Registered]:
+        """What is registered of this lineage, by step."""
+        with self._guarded() as client:
+            steps = {}
+            for version in self._versions(client):
+                step = int(version.tags["step"])
+                steps[step] = Registered(step, version.tags["digest"], version.source)
+            return steps
+
+    def _versions(self, client) -> list:
+        found, token = [], None
+        while token is None or token:
+            page = client.search_model_versions(
+                f"name = '{self.lineage.model}' and run_id = '{self.run_id}'", max_results=200, page_token=token or None
+            )
+            found += page
+            token = page.token or ""
+        return [version for version in found if {"step", "digest"} <= version.tags.keys()]
+
+    def register(self, manifest: Manifest, address: str, folder: Path) -> None:
+        """Enter a published checkpoint as a model version. Repeating it does nothing.
+
+        Raises CheckpointError where the step is registered with other content.
+        """
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+
+        known = self.registered().get(manifest.step)
+        if known and known.digest != manifest.digest:
+            raise CheckpointError(
+                f"{manifest.lineage} step {manifest.step} is registered with other content "
+                f"(digest {known.digest[:12]}, here {manifest.digest[:12]}): two trainers wrote one lineage, "
+                "or the machines compute differently; delete one of the two versions"
+            )
+        with self._guarded() as client:
+            if not known:
+                try:
+                    client.create_registered_model(self.lineage.model)
+                except MlflowException as error:
+                    if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                        raise
+                self._log_preview(client, manifest, folder)
+                metrics = {key.replace("/", "_"): f"{value:.6g}" for key, value in manifest.metrics.items()}
+                facts = {"step": str(manifest.step), "lineage": manifest.lineage, "digest": manifest.digest, "bytes": str(manifest.size)}
+                tags = facts | metrics | manifest.origin
+                described = ", ".join([f"step {manifest.step}", *(f"{key} {value}" for key, value in metrics.items())])
+                version = client.create_model_version(
+                    self.lineage.model, address, run_id=self.run_id, tags=tags, description=described, await_creation_for=None
+                )
+                newest = version.version
+            else:
+                newest = max(self._versions(client), key=lambda version: int(version.tags["step"])).version
+            client.set_registered_model_alias(self.lineage.model, LATEST_STEP, newest)
+
+    def _log_preview(self, client, manifest: Manifest, folder: Path) -> None:
+        import numpy
+        from PIL import Image
+
+        preview = manifest.file(PREVIEW)
+        if preview:
+            # A real file is logged too (with the checkpoint); this one feeds the run page's slider over steps.
+            with Image.open(folder / preview.name) as picture:
+                client.log_image(self.run_id, numpy.asarray(picture), key="preview", step=manifest.step, synchronous=True)
+
+    def send(self, rows: Iterable[Row]) -> None:
+        """Log metrics by step, leaving out what the run has already: a step that is trained again gives the same values."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        with self._guarded() as client:
+            # After a failure nobody knows what arrived: ask again.
+            sent, self._sent = self._sent if self._sent is not None else self._steps_sent(client), None
+            points = []
+            for row in rows:
+                for key in row.keys() - {"step"}:
+                    if row["step"] > sent.get(key, 0):
+                        points.append(Metric(key, row[key], now, row["step"]))
+                        sent[key] = row["step"]
+            for start in range(0, len(points), 1000):
+                client.log_batch(self.run_id, metrics=points[start : start + 1000])
+            self._sent = sent
+
+    def _steps_sent(self, client) -> dict[str, int]:
+        """The last step that the run has of each metric."""
+        keys = client.get_run(self.run_id).data.metrics
+        return {key: max(point.step for point in client.get_metric_history(self.run_id, key)) for key in keys}
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Log results measured at a step, unless the run shows the very same already."""
+        with self._guarded() as client:
+            shown = client.get_run(self.run_id).data.metrics
+            for key, value in metrics.items():
+                if shown.get(key) != value:
+                    client.log_metric(self.run_id, key, value, step=step)
+
+    def note(self, key: str, text: str) -> None:
+        """Put a tag on the run that a person should see, such as why a save failed."""
+        with self._guarded() as client:
+            client.set_tag(self.run_id, f"vrt.{key}", text[:5000])
+
+    def close(self, status: str) -> None:
+        """Set the run's status: FINISHED, KILLED (stopped early, goes on later) or FAILED."""
+        with self._guarded() as client:
+            client.set_terminated(self.run_id, status)
+
+    @property
+    def page(self) -> str:
+        """The address where people browse the run."""
+        with self._guarded() as client:
+            run = client.get_run(self.run_id)
+        return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{self.run_id}"
+
+    @contextmanager
+    def _guarded(self) -> Iterator:
+        """Yield the MLflow client; an outage leaves as StoreUnavailable."""
+        import requests
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, TEMPORARILY_UNAVAILABLE, ErrorCode
+
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        address = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not address:
+            raise StoreUnavailable("MLflow: no address; run `vrt services up` for local services, or set MLFLOW_TRACKING_URI")
+        try:
+            yield MlflowClient(address)
+        except MlflowException as error:
+            outage = isinstance(error.__cause__ or error.__context__, requests.RequestException)
+            if outage or error.error_code in (ErrorCode.Name(INTERNAL_ERROR), ErrorCode.Name(TEMPORARILY_UNAVAILABLE)):
+                reason = str(error).splitlines()[0][:200]
+                raise StoreUnavailable(f"MLflow at {address} does not answer ({reason}); see `vrt services status`") from error
+            raise
+        except requests.RequestException as error:
+            raise StoreUnavailable(f"MLflow at {address} does not answer ({error}); see `vrt services status`") from error

@@ -1,0 +1,112 @@
+"""The store: an S3 bucket that holds what is published. What was put there is read back before it counts."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+from vrt.checkpoint.manifest import FileEntry, Manifest, manifest_name
+from vrt.observe import log
+
+
+class Store(Protocol):
+    """Where published checkpoints are, one folder per step."""
+
+    def publish(self, manifest: Manifest, folder: Path) -> str:
+        """Upload a committed checkpoint from `folder`, verify it there, and return its address. Safe to repeat."""
+
+    def manifest(self, address: str) -> Manifest:
+        """The manifest of a published checkpoint."""
+
+    def fetch(self, address: str, file: FileEntry, path: Path) -> None:
+        """Download one file to `path`."""
+
+
+class S3Store:
+    """A `Store` below `prefix` (s3://bucket/key) of the S3 server that the AWS environment variables describe."""
+
+    CHUNK = 1 << 20
+
+    def __init__(self, prefix: str):
+        self._prefix = prefix.rstrip("/")
+        self._client = None
+
+    def publish(self, manifest: Manifest, folder: Path) -> str:
+        address = f"{self._prefix}/{manifest.step:08d}"
+        with self._guarded(address) as client:
+            bucket, key = _split(address)
+            for file in manifest.files:
+                if self._sha256(client, bucket, f"{key}/{file.name}", file.size) != file.sha256:
+                    client.upload_file(str(folder / file.name), bucket, f"{key}/{file.name}")
+                    # Not every store checks a checksum that is sent along, so the bytes themselves are read back.
+                    if self._sha256(client, bucket, f"{key}/{file.name}", file.size) != file.sha256:
+                        raise StoreUnavailable(f"{address}/{file.name}: read back other bytes than were uploaded; uploading again")
+            client.put_object(Bucket=bucket, Key=f"{key}/{manifest_name(manifest.step)}", Body=manifest.to_bytes())
+        return address
+
+    def manifest(self, address: str) -> Manifest:
+        step = int(address.rsplit("/", 1)[1])
+        with self._guarded(address) as client:
+            bucket, key = _split(address)
+            body = client.get_object(Bucket=bucket, Key=f"{key}/{manifest_name(step)}")["Body"].read()
+        return Manifest.from_bytes(body, address)
+
+    def fetch(self, address: str, file: FileEntry, path: Path) -> None:
+        with self._guarded(address) as client:
+            bucket, key = _split(address)
+            log.info("fetching %s/%s (%.1f MB)", address, file.name, file.size / 1e6)
+            client.download_file(bucket, f"{key}/{file.name}", str(path))
+
+    def _sha256(self, client, bucket: str, key: str, size: int) -> str | None:
+        """Digest of the object's bytes; None where there is no such object of that size."""
+        from botocore.exceptions import ClientError
+
+        try:
+            if client.head_object(Bucket=bucket, Key=key)["ContentLength"] != size:
+                return None
+        except ClientError as error:
+            if _status(error) == 404:
+                return None
+            raise
+        digest = hashlib.sha256()
+        for chunk in client.get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(self.CHUNK):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    @contextmanager
+    def _guarded(self, address: str) -> Iterator:
+        """Yield the S3 client; its errors leave as ours, told apart by whether trying again can help."""
+        import boto3
+        from boto3.exceptions import Boto3Error
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+        try:
+            if self._client is None:
+                config = Config(connect_timeout=5, read_timeout=60, retries={"max_attempts": 2}, s3={"addressing_style": "path"})
+                self._client = boto3.client("s3", config=config)
+            yield self._client
+        except NoCredentialsError as error:
+            raise CheckpointError(f"{address}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
+        except ClientError as error:
+            if _status(error) in (401, 403, 404):
+                raise CheckpointError(f"{address}: the store refused ({error}); check the credentials, the bucket and its policy") from error
+            raise StoreUnavailable(f"{address}: {error}") from error
+        except (BotoCoreError, Boto3Error) as error:
+            raise StoreUnavailable(f"{address}: the store does not answer ({error})") from error
+
+
+def _status(error) -> int:
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+
+
+def _split(address: str) -> tuple[str, str]:
+    """s3://bucket/key -> (bucket, key). Raises CheckpointError where it is no S3 address."""
+    if not address.startswith("s3://") or "/" not in address[5:]:
+        raise CheckpointError(
+            f"{address}: expected an s3://bucket/... address; checkpoints are kept in S3: create the experiment with an S3 artifact location"
+        )
+    bucket, key = address[5:].split("/", 1)
+    return bucket, key

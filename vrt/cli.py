@@ -1,0 +1,91 @@
+"""The command line: parse, prepare the environment, call, and turn errors into exit codes."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns 0 done, 1 failed, 2 bad input, 75 stopped early with everything saved: start it again."""
+    args = parser().parse_args(argv)
+    from vrt.observe import log, set_up_logging
+
+    set_up_logging()
+    try:
+        return args.run(args)
+    except ValueError as error:
+        log.error("%s", error, exc_info=_is_ours_to_fix(error))
+        return EXIT_BAD_INPUT
+    except (RuntimeError, FloatingPointError) as error:
+        log.error("%s", error, exc_info=_is_ours_to_fix(error))
+        return EXIT_FAILED
+
+
+def _is_ours_to_fix(error: Exception) -> bool:
+    """An error raised by our own code explains itself; one that a library raised is a defect and needs its traceback."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return not Path(raised_in).is_relative_to(Path(__file__).parent)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="vrt", description="Train VRT so that nothing is lost, whatever is killed.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    from vrt.data.cli import add_parser as add_data
+    from vrt.services.cli import add_parser as add_services
+
+    add_services(commands)
+    add_data(commands)
+    for name, run, described in (
+        ("train", _train, "train, or go on training, to the end of the params file"),
+        ("evaluate", _evaluate, "measure the trained model on the test clips"),
+    ):
+        command = commands.add_parser(name, help=described)
+        command.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: params.yaml)")
+        command.set_defaults(run=run)
+    init = commands.add_parser("init", help="write a recipe as params.yaml")
+    init.add_argument("--recipe", required=True, help="name of a file in recipes/, such as quickstart")
+    init.add_argument("--params", type=Path, default=Path("params.yaml"), help="file to write (default: params.yaml)")
+    init.set_defaults(run=_init)
+    commands.add_parser("demo", help="everything at once: services, data, training, evaluation, and where to look").set_defaults(run=_demo)
+    return top
+
+
+def _with_services(call: Callable[[], int]) -> int:
+    from vrt.services import load_environment
+
+    os.environ.update(load_environment())
+    return call()
+
+
+def _train(args: argparse.Namespace) -> int:
+    from vrt.stages.train import run_training
+
+    return _with_services(lambda: run_training(args.params))
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from vrt.stages.evaluate import run_evaluation
+
+    return _with_services(lambda: run_evaluation(args.params))
+
+
+def _init(args: argparse.Namespace) -> int:
+    from vrt.stages.init import write_recipe
+
+    write_recipe(args.recipe, args.params)
+    return EXIT_DONE
+
+
+def _demo(_args: argparse.Namespace) -> int:
+    from vrt.stages.demo import run_demo
+
+    return run_demo()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""`vrt train`: continue the lineage of the params file from its newest healthy checkpoint, and keep everything safe meanwhile."""
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+
+import torch
+
+from vrt.checkpoint.errors import StoreUnavailable
+from vrt.checkpoint.folder import CheckpointFolder
+from vrt.checkpoint.lock import locked
+from vrt.checkpoint.manifest import manifest_name
+from vrt.checkpoint.publisher import Publisher, Saver
+from vrt.checkpoint.registry import Lineage, MlflowRegistry
+from vrt.checkpoint.resume import newest_healthy
+from vrt.checkpoint.store import S3Store
+from vrt.data.clips import PreparedData
+from vrt.data.sampler import check_sampling, training_batches
+from vrt.evaluation.pictures import preview
+from vrt.evaluation.run import evaluate
+from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, StopRequest
+from vrt.observe import log
+from vrt.params import Params, fingerprint, flatten, load_params
+from vrt.stages import CHECKPOINTS, MODEL, PREPARED, REPORTS
+from vrt.stages.reports import write_training_report
+from vrt.training.loop import TrainingState, Validation, train
+from vrt.training.session import EMA, NETWORK, SnapshotSink, build_state, restore
+
+# A finished training has time to wait for a store that is down; a preempted one has its grace period.
+SECONDS_TO_PUBLISH = 600.0
+SECONDS_TO_PUBLISH_WHEN_STOPPED = 20.0
+
+
+@dataclass
+class Keeper:
+    """What keeps one attempt's checkpoints: the folder, what publishes from it, and the registry."""
+
+    folder: CheckpointFolder
+    store: S3Store
+    registry: MlflowRegistry
+    publisher: Publisher
+    saver: Saver
+
+
+def run_training(params_path: Path) -> int:
+    """Train to the end of the params file. Returns the exit code of `vrt.lifecycle`.
+
+    Raises ValueError (params, data, checkpoints) or RuntimeError (lock, services), whose messages are for the user.
+    """
+    params = load_params(params_path)
+    data = PreparedData.open(PREPARED)
+    check_sampling(data, params)
+    torch.set_num_threads(params.train.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lineage = lineage_of(params, data)
+
+    with StopRequest() as stop, locked(CHECKPOINTS):
+        with keeping(lineage, params, data) as keeper:
+            state = build_state(params, device)
+            resume(state, keeper, lineage, params)
+            sink = SnapshotSink(keeper.saver, keeper.publisher, facts(lineage, keeper.registry))
+            batches = training_batches(data, params, state.step + 1, params.train.total_steps)
+            done = train(params, state, batches, sink, lambda network: validation(network, data, params), stop)
+            keeper.saver.wait()
+            if keeper.saver.failure:
+                raise RuntimeError(f"the state after step {state.step} is not saved: {keeper.saver.failure}")
+        if not conclude(keeper, "FINISHED" if done else "KILLED", SECONDS_TO_PUBLISH if done else SECONDS_TO_PUBLISH_WHEN_STOPPED):
+            return EXIT_FAILED if done else EXIT_CONTINUE_ME
+        if not done:
+            return EXIT_CONTINUE_ME
+        release(keeper.folder, state.step)
+        write_training_report(REPORTS, state.history)
+        log.info("step %d of %s trained and registered; browse it at %s", state.step, lineage.id, keeper.registry.page)
+    return EXIT_DONE
+
+
+def lineage_of(params: Params, data: PreparedData) -> Lineage:
+    """The training that these params and these data define."""
+    identity = params.identity() | {"data.digest": data.digest}
+    return Lineage(params.name, fingerprint(identity), identity)
+
+
+@contextmanager
+def keeping(lineage: Lineage, params: Params, data: PreparedData) -> Iterator[Keeper]:
+    """Open the registry and keep publishing while the block runs. If the block fails, what is committed is still published."""
+    folder = CheckpointFolder(CHECKPOINTS / lineage.id)
+    folder.prepare()
+    registry = MlflowRegistry(lineage)
+    registry.open(flatten(params.model_dump(mode="json")) | {"data.digest": data.digest}, run_tags())
+    store = S3Store(registry.checkpoints_address)
+    publisher = Publisher(folder, store, registry)
+    keeper = Keeper(folder, store, registry, publisher, Saver(folder, publisher))
+    publisher.start()
+    try:
+        yield keeper
+    except BaseException:
+        keeper.saver.wait()
+        conclude(keeper, "FAILED", SECONDS_TO_PUBLISH_WHEN_STOPPED)
+        raise
+
+
+def resume(state: TrainingState, keeper: Keeper, lineage: Lineage, params: Params) -> None:
+    """Bring `state` to the newest healthy checkpoint, and publish what an earlier attempt committed but could not register."""
+    registered = keeper.registry.registered()
+    manifest = newest_healthy(keeper.folder, lineage.id, registered, keeper.store, params.train.total_steps)
+    if manifest is None:
+        _say_what_changed(keeper.registry, lineage)
+        log.info("%s: starting at step 1 of %d", lineage.id, params.train.total_steps)
+        return
+    restore(state, manifest, keeper.folder.path)
+    where = "registered" if manifest.step in registered else "local, about to be registered"
+    log.info("%s, attempt %d: continuing after step %d of %d (%s)", lineage.id, keeper.registry.attempt, state.step, params.train.total_steps, where)
+    for step in sorted(set(keeper.folder.steps()) - registered.keys()):
+        if step == manifest.step or not keeper.folder.problems(step, lineage.id):
+            keeper.publisher.publish(keeper.folder.manifest(step))
+    for row in state.history.rows:
+        keeper.publisher.send(row)
+
+
+def _say_what_changed(registry: MlflowRegistry, lineage: Lineage) -> None:
+    """A new lineage beside an older one of the same name may be a surprise: say which params made it."""
+    sibling = registry.sibling()
+    if sibling is None:
+        return
+    changed = [f"{key}: {sibling.params.get(key)} -> {value}" for key, value in lineage.identity.items() if str(value) != sibling.params.get(key)]
+    log.warning("this is a new training, %s is not continued; changed since: %s", sibling.lineage, "; ".join(changed))
+
+
+def validation(network: torch.nn.Module, data: PreparedData, params: Params) -> Validation:
+    """PSNR and SSIM on the validation clips, and a picture of one of them."""
+    evaluation = evaluate(network, data, params, "val")
+    picture = BytesIO()
+    preview(*evaluation.preview_frames).save(picture, "PNG")
+    scores = evaluation.metrics()
+    return Validation({key: scores[key] for key in ("psnr", "ssim", "input_psnr")}, picture.getvalue())
+
+
+def conclude(keeper: Keeper, status: str, seconds: float) -> bool:
+    """Wait for everything to be registered, then set the run's status. False, with the reasons logged, where something is missing."""
+    missing = keeper.publisher.finish(seconds)
+    for reason in missing:
+        log.error("not registered: %s", reason)
+    if missing:
+        log.error("it is safe in %s; run the same command again to register it", keeper.folder.path)
+    try:
+        keeper.registry.close("FAILED" if missing and status == "FINISHED" else status)
+    except StoreUnavailable as error:
+        log.error("the run's status could not be set: %s", error)
+        return False
+    return not missing
+
+
+def release(folder: CheckpointFolder, step: int) -> None:
+    """Copy the weights of a checkpoint, with its manifest, into the folder that DVC versions as the trained model."""
+    unfinished = MODEL.with_name(f".unfinished-{MODEL.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    for name in (f"{step}_{NETWORK}", f"{step}_{EMA}", manifest_name(step)):
+        if (folder.path / name).exists():
+            shutil.copy2(folder.path / name, unfinished / name)
+    if MODEL.exists():
+        shutil.rmtree(MODEL)
+    unfinished.replace(MODEL)
+
+
+def facts(lineage: Lineage, registry: MlflowRegistry) -> dict:
+    """What every manifest of this attempt says besides its files and metrics."""
+    origin = {
+        "attempt": str(registry.attempt),
+        "code_version": code_version(),
+        "host": platform.node(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return {"lineage": lineage.id, "identity": lineage.identity, "origin": origin}
+
+
+def run_tags() -> dict[str, str]:
+    """What the MLflow run says of the newest attempt."""
+    return {
+        "vrt.code_version": code_version(),
+        "vrt.host": platform.node(),
+        "vrt.torch": torch.__version__,
+        "vrt.threads": str(torch.get_num_threads()),
+        "mlflow.note.content": "Each checkpoint is in *Artifacts / checkpoints* and a version of the registered model. Go on with `dvc repro`.",
+    }
+
+
+def code_version() -> str:
+    """The commit of the code, with "+changes" where the working tree differs; says so where there is no git."""
+    where = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("VRT_CODE_VERSION", "unknown: no git here")
+    return commit + ("+changes" if changed else "")

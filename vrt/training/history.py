@@ -1,0 +1,51 @@
+"""The metrics of every logged step since the lineage began: part of the state, so that a resumed run has the whole curve.
+
+Only values that are functions of (seed, step) belong here; speed and times do not.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+
+Row = dict[str, float]
+
+
+class History:
+    def __init__(self, rows: Iterable[Row] = ()):
+        self._rows: dict[int, Row] = {int(row["step"]): dict(row) for row in rows}
+
+    def add(self, step: int, metrics: dict[str, float]) -> Row:
+        """Add metrics of a step; returns all of the step's metrics so far."""
+        row = self._rows.setdefault(step, {"step": step})
+        row.update(metrics)
+        return row
+
+    @property
+    def rows(self) -> list[Row]:
+        return list(self._rows.values())
+
+    def newest(self) -> dict[str, float]:
+        """The last value of every metric."""
+        values: dict[str, float] = {}
+        for row in self._rows.values():
+            values |= row
+        values.pop("step", None)
+        return values
+
+    def to_bytes(self) -> bytes:
+        """One JSON object a line; Python writes floats so that they read back to the same bits."""
+        return b"".join(json.dumps(row).encode() + b"\n" for row in self._rows.values())
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "History":
+        return cls(json.loads(line) for line in data.splitlines())
+
+    def to_csv(self, keys: Iterable[str]) -> str:
+        """The steps at which all of `keys` were logged, as a table for `dvc plots`."""
+        columns = ["step", *keys]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for row in self._rows.values() if row.keys() >= set(columns))
+        return text.getvalue()
