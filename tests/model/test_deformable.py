@@ -1,0 +1,50 @@
+"""Deformable convolution against torchvision's numbers, and the alignment built on it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from vrt.model.deformable import ParallelAlignment, deform_conv2d
+
+# Cases 5 and 6 have strides and dilations, which the network does not use. 8 and 9 sample at whole pixels, where offsets have no gradient.
+SMOOTH, KINKED = [0, 1, 2, 3, 4, 7], [8, 9]
+
+
+@pytest.mark.parametrize("case", SMOOTH + KINKED)
+@pytest.mark.parametrize(("dtype", "key", "tolerance"), [(torch.float32, "out", 1e-5), (torch.float64, "out64", 1e-12)])
+def test_deformable_convolution_gives_the_published_values(case: int, dtype: torch.dtype, key: str, tolerance: float, numbers: Callable) -> None:
+    known = numbers("dcnv2")["cases"][case]
+    x, offset, mask, weight = (known[name].to(dtype) for name in ("x", "offset", "mask", "weight"))
+    bias = known["bias"].to(dtype) if "bias" in known else None
+    torch.testing.assert_close(deform_conv2d(x, offset, mask, weight, bias, known["groups"]), known[key], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", SMOOTH)
+def test_deformable_convolution_gives_the_published_gradients(case: int, numbers: Callable) -> None:
+    known = numbers("dcnv2")["cases"][case]
+    names = [name for name in ("x", "offset", "mask", "weight", "bias") if name in known]
+    inputs = {name: known[name].double().requires_grad_() for name in names}
+    out = deform_conv2d(*(inputs.get(name) for name in ("x", "offset", "mask", "weight", "bias")), known["groups"])
+    gradients = torch.autograd.grad(out, list(inputs.values()), known["grad_out"].double())
+    for name, gradient in zip(names, gradients):
+        torch.testing.assert_close(gradient, known[f"grad64_{name}"], rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_without_offsets_it_is_a_convolution() -> None:
+    x, weight = torch.rand(2, 4, 5, 6, dtype=torch.float64), torch.rand(8, 4, 3, 3, dtype=torch.float64)
+    found = deform_conv2d(x, x.new_zeros(2, 36, 5, 6), x.new_ones(2, 18, 5, 6), weight, None)
+    torch.testing.assert_close(found, torch.nn.functional.conv2d(x, weight, padding=1))
+
+
+def test_alignment_starts_at_the_plain_flow() -> None:
+    module = ParallelAlignment(dim=4, reach=1, deformable_groups=2, max_offset=10.0).double()
+    with torch.no_grad():
+        # The middle tap copies its channel; the mask starts at a half.
+        module.weight.zero_()[range(4), range(4), 1, 1] = 2.0
+    x = torch.rand(1, 2, 6, 7, 4, dtype=torch.float64)
+    right_by_one = torch.tensor([1.0, 0.0], dtype=torch.float64).view(1, 1, 1, 2, 1, 1).expand(2, 1, 1, 2, 6, 7)
+    from_right, from_left = module(x, right_by_one)
+    torch.testing.assert_close(from_right[:, 0, :, :-1], x[:, 1, :, 1:])
+    torch.testing.assert_close(from_left[:, 1, :, :-1], x[:, 0, :, 1:])
+    assert from_right[:, 1].eq(0).all() and from_left[:, 0].eq(0).all()

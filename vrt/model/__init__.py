@@ -1,0 +1,1 @@
+"""The VRT network. Imports nothing else of the project."""

@@ -1,0 +1,86 @@
+"""The transformer block: attention in windows, then a gated MLP, both residual.
+
+Axes: B clips, D frames, H height, W width, C channels.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vrt.model.attention import WindowAttention
+from vrt.model.windows import Size, fit_window, merge, partition, shift_regions
+
+
+class GatedMlp(nn.Module):
+    """fc2(gelu(fc11(x)) * fc12(x)) over the last axis (Shazeer, arXiv 2002.05202). (..., dim) -> (..., out)."""
+
+    def __init__(self, dim: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.fc11 = nn.Linear(dim, hidden)
+        self.fc12 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc11(x)) * self.fc12(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x)). With stochastic depth each sample skips either branch with probability `drop_path`.
+
+    (B, D, H, W, C) -> (B, D, H, W, C).
+    """
+
+    def __init__(self, dim: int, window: Size, shift: Size, heads: int, mlp_ratio: float, qkv_bias: bool, mutual: bool, drop_path: float) -> None:
+        super().__init__()
+        self.window, self.shift, self.mutual, self.drop_path = window, shift, mutual, drop_path
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, window, heads, qkv_bias, mutual)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = GatedMlp(dim, int(dim * mlp_ratio), dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._drop(self._attend(self.norm1(x)))
+        return x + self._drop(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        size = tuple(x.shape[1:4])
+        window, shift = fit_window(size, self.window, self.shift, least_depth=2 if self.mutual else 1)
+        tokens, padded = partition(x, window, shift)
+        regions = shift_regions(padded, window, shift, x.device) if any(shift) else None
+        return merge(self.attn(tokens, window, regions), padded, size, window, shift)
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        """Stochastic depth (Huang et al., arXiv 1603.09382), drawn from the default generator of the branch's device."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = 1 - self.drop_path
+        return branch * branch.new_empty(branch.shape[0], 1, 1, 1, 1).bernoulli_(keep).div_(keep)
+
+
+class BlockGroup(nn.Module):
+    """Blocks in a row, every second one with its windows shifted by half. (B, D, H, W, C) -> the same."""
+
+    def __init__(
+        self,
+        dim: int,
+        window: Size,
+        heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        mutual: bool,
+        drop_path: Sequence[float],
+        use_checkpoint: bool,
+    ) -> None:
+        super().__init__()
+        self.use_checkpoint = use_checkpoint
+        half = tuple(w // 2 for w in window)
+        self.blocks = nn.ModuleList(
+            [Block(dim, window, half if i % 2 else (0, 0, 0), heads, mlp_ratio, qkv_bias, mutual, rate) for i, rate in enumerate(drop_path)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.use_checkpoint else block(x)
+        return x

@@ -1,0 +1,86 @@
+"""Optical flows and what they do to frames: warping, gathering, composing.
+
+Axes: B clips, D frames, C channels, H height, W width; N any batch of frames; R reach, the neighbours on one side of a frame.
+A flow has two channels, (x, y), in pixels: the value at (y, x) is read from (y + flow_y, x + flow_x).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def both_ways(x: Tensor) -> Tensor:
+    """A clip and, after it in the batch, the same clip played backwards: (B, D, ...) -> (2B, D, ...).
+
+    In both halves the neighbours to align lie ahead in time, so one batched call serves both directions.
+    """
+    return torch.cat((x, x.flip(1)))
+
+
+def back_in_time(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `both_ways`: (2B, D, ...) -> two of (B, D, ...), frames in the clip's own order: from the right, from the left neighbour."""
+    from_right, from_left = x.chunk(2)
+    return from_right, from_left.flip(1)
+
+
+def pixel_axes(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The x (W) and y (H, 1) coordinates of the pixels, in the dtype and on the device of `like`."""
+    x = torch.arange(width, dtype=like.dtype, device=like.device)
+    y = torch.arange(height, dtype=like.dtype, device=like.device)
+    return x, y.unsqueeze(1)
+
+
+def sample(x: Tensor, at_x: Tensor, at_y: Tensor, padding_mode: str = "zeros") -> Tensor:
+    """Read frames at points between pixels, bilinearly.
+
+    x: (N, C, H, W); at_x, at_y: (N, h, w), pixels. Returns (N, C, h, w) in the dtype of the points.
+    padding_mode: "zeros" (a pixel outside the frame is 0) or "border" (points are moved to the nearest edge).
+    """
+    height, width = x.shape[-2:]
+    # In the convention of align_corners=False pixel p sits at (2p + 1) / size - 1. Unlike the other one it also holds for a size of 1.
+    grid = torch.stack((at_x * (2 / width) + (1 / width - 1), at_y * (2 / height) + (1 / height - 1)), dim=-1)
+    return F.grid_sample(x.to(grid.dtype), grid, mode="bilinear", padding_mode=padding_mode, align_corners=False)
+
+
+def warp(x: Tensor, flow: Tensor, padding_mode: str = "zeros") -> Tensor:
+    """Warp frames by flows, bilinearly. x: (N, C, H, W); flow: (N, 2, H, W), pixels; `padding_mode` as for `sample`. Returns (N, C, H, W)."""
+    own_x, own_y = pixel_axes(*flow.shape[-2:], like=flow)
+    return sample(x, flow[:, 0] + own_x, flow[:, 1] + own_y, padding_mode)
+
+
+def gather_nearest4(x: Tensor, flow: Tensor) -> Tensor:
+    """The four pixels around every sampling point, unmixed ("nearest4").
+
+    x: (N, C, H, W); flow: (N, 2, H, W), pixels. Returns (N, 4C, H, W): the pixels at (floor x, floor y), (floor x, ceil y),
+    (ceil x, floor y), (ceil x, ceil y), each with C channels; 0 outside the frame. No gradient reaches the flow.
+    """
+    n, channels, height, width = x.shape
+    own_x, own_y = pixel_axes(height, width, like=flow)
+    at_x, at_y = flow[:, 0].detach() + own_x, flow[:, 1].detach() + own_y
+    # A frame of zeros around the image stands for everything outside, so no mask is needed after the gather.
+    columns = [p.clamp(-1, width).long() + 1 for p in (at_x.floor(), at_x.ceil())]
+    rows = [(p.clamp(-1, height).long() + 1) * (width + 2) for p in (at_y.floor(), at_y.ceil())]
+    index = torch.stack([row + column for column in columns for row in rows], dim=1)
+    padded = F.pad(x, (1, 1, 1, 1)).flatten(2)
+    pixels = padded.gather(2, index.view(n, 1, -1).expand(-1, channels, -1))
+    return pixels.view(n, channels, 4, height, width).transpose(1, 2).flatten(1, 2)
+
+
+def extend_reach(flows: Tensor, reach: int) -> Tensor:
+    """Flows to neighbours further ahead, composed of the flows between adjacent frames: f1 + warp(f2, f1).
+
+    flows: (B, D-1, 2, H, W), frame t to t+1. Returns (B, D-1, R, 2, H, W): frame t to t+1 .. t+R; zeros beyond the clip's end.
+    """
+    pairs = flows.shape[1]
+    ahead = [flows]
+    for distance in range(2, reach + 1):
+        reaching = max(pairs + 1 - distance, 0)
+        here, onward = ahead[-1][:, :reaching].flatten(0, 1), flows[:, distance - 1 :].flatten(0, 1)
+        ahead.append((here + warp(onward, here)).view(-1, reaching, *flows.shape[2:]) if reaching else flows[:, :0])
+    return torch.stack([pad_frames(f, pairs) for f in ahead], dim=2)
+
+
+def pad_frames(x: Tensor, depth: int) -> Tensor:
+    """Append frames of zeros, up to `depth`: (B, D, ...) -> (B, depth, ...)."""
+    missing = depth - x.shape[1]
+    return torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), dim=1) if missing else x

@@ -1,0 +1,99 @@
+"""Windows: how a feature map is cut into them, shifted, masked, and what encodes positions inside them.
+
+Axes: B clips, D frames, H height, W width, C channels; M windows of a map; N tokens of a window, in the order (d, h, w).
+Sizes, windows and shifts are (frames, height, width).
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Size = tuple[int, int, int]
+
+
+def fit_window(size: Size, window: Size, shift: Size, least_depth: int) -> tuple[Size, Size]:
+    """The window and shift used on a map of `size`: where the map is no larger than the window, the window shrinks to it and the shift is 0.
+
+    The depth never shrinks below `least_depth`: mutual attention needs two frames, and gets zeros for a missing one.
+    """
+    fitted = tuple(min(s, w) for s, w in zip(size, window))
+    kept = tuple(0 if s <= w else k for s, w, k in zip(size, window, shift))
+    return (max(fitted[0], least_depth), *fitted[1:]), kept
+
+
+def partition(x: Tensor, window: Size, shift: Size) -> tuple[Tensor, Size]:
+    """Cut maps into windows. (B, D, H, W, C) -> (B * M, N, C), and the size after padding.
+
+    The map is zero-padded at its ends to multiples of the window, then rolled back by the shift.
+    """
+    padding = [-s % w for s, w in zip(x.shape[1:4], window)]
+    if any(padding):
+        x = F.pad(x, (0, 0, 0, padding[2], 0, padding[1], 0, padding[0]))
+    if any(shift):
+        x = x.roll([-s for s in shift], dims=(1, 2, 3))
+    batch, depth, height, width, channels = x.shape
+    d, h, w = window
+    x = x.view(batch, depth // d, d, height // h, h, width // w, w, channels).permute(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(-1, d * h * w, channels), (depth, height, width)
+
+
+def merge(windows: Tensor, padded: Size, size: Size, window: Size, shift: Size) -> Tensor:
+    """Undo `partition`: (B * M, N, C) -> (B, D, H, W, C)."""
+    counts = [s // w for s, w in zip(padded, window)]
+    x = windows.view(-1, *counts, *window, windows.shape[-1]).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, *padded, windows.shape[-1])
+    if any(shift):
+        x = x.roll(shift, dims=(1, 2, 3))
+    return x[:, : size[0], : size[1], : size[2]] if padded != size else x
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # or a training after a validation in inference mode would find tensors that autograd refuses
+def shift_regions(padded: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
+    """(M, N), int16: tokens of a window with different labels were brought together by the cyclic shift from opposite ends of the map.
+
+    They must not see one another (Liu et al., arXiv 2103.14030). Labels are cached instead of masks, which are N times as large.
+    """
+    regions = torch.zeros(1, 1, 1, dtype=torch.int16)
+    for axis, (p, w, s) in enumerate(zip(padded, window, shift)):
+        position = torch.arange(p)
+        region = ((position >= p - w).short() + (position >= p - s).short()) * bool(s)
+        regions = regions * 3 + region.view([-1 if i == axis else 1 for i in range(3)])
+    labels, _ = partition(regions.view(1, *padded, 1), window, (0, 0, 0))
+    return labels.squeeze(2).to(device)
+
+
+def relative_position_index(window: Size) -> Tensor:
+    """(N, N), int64: for each pair of tokens the row of the bias table that belongs to their relative position."""
+    axes = torch.meshgrid(*(torch.arange(w) for w in window), indexing="ij")
+    index = torch.zeros((), dtype=torch.long)
+    for axis, w in zip(axes, window):
+        position = axis.flatten()
+        index = index * (2 * w - 1) + (position[:, None] - position[None, :] + w - 1)
+    return index
+
+
+def sine_encoding(height: int, width: int, dim: int) -> Tensor:
+    """(1, H * W, dim), in [-1, 1]: sines and cosines of the position, the first half of the channels for y, the second for x.
+
+    Positions 1 .. size are scaled to 2 pi; wavelengths rise geometrically to 10000 (Carion et al., arXiv 2005.12872).
+    """
+    half = dim // 2
+    channel = torch.arange(half, dtype=torch.float32)
+    wavelength = 10000 ** (2 * torch.div(channel, 2, rounding_mode="floor") / half)
+    encoded = []
+    for size in (height, width):
+        position = torch.arange(1, size + 1, dtype=torch.float32) / (size + 1e-6) * (2 * torch.pi)
+        angle = position[:, None] / wavelength
+        encoded.append(torch.stack((angle[:, 0::2].sin(), angle[:, 1::2].cos()), dim=2).flatten(1))
+    y, x = encoded
+    grid = torch.cat((y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)), dim=2)
+    return grid.reshape(1, height * width, dim)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # as for `shift_regions`
+def shrunk_sine_encoding(height: int, width: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`sine_encoding` for a window that had to shrink, rounded to float32 first, as that of the full window is."""
+    return sine_encoding(height, width, dim).to(device, dtype)
