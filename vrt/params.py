@@ -15,6 +15,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 Positive = Annotated[int, Field(gt=0)]
+SIDE = 8
+"""The network halves its input three times: sides are multiples of this."""
 NotNegative = Annotated[int, Field(ge=0)]
 
 
@@ -184,6 +186,9 @@ class Params(Section):
         if self.train.crop % scale:
             nearest = self.train.crop // scale * scale + scale
             raise ValueError(f"train.crop {self.train.crop} is no multiple of the scale {scale}; choose one, such as {nearest}")
+        if self.train.crop // scale % SIDE:
+            found = f"train.crop {self.train.crop} gives the network {self.train.crop // scale} pixels"
+            raise ValueError(f"{found}; expected a multiple of {SIDE}, such as a crop of {(self.train.crop // scale // SIDE + 1) * SIDE * scale}")
         return self
 
     def identity(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vrt.evaluation.tiling import blend_weights, restore, tile_count, tile_spans
+from vrt.evaluation.tiling import AnySize, blend_weights, restore, tile_count, tile_spans
 
 
 @st.composite
@@ -221,3 +221,17 @@ def test_an_output_of_another_size_is_named():
     with pytest.raises(ValueError) as error:
         restore(Recorder(), clip(1, 2, 3, 4, 4), (2, 4, 4), (0, 0, 0), 4)
     assert str(error.value) == "output of the network for one tile: expected (1, 2, 3, 16, 16), found (1, 2, 3, 4, 4); check network.upscale"
+
+
+def test_any_size_gives_a_network_of_strict_sizes_what_it_takes():
+    seen = []
+
+    class Strict(nn.Module):
+        def forward(self, clip):
+            seen.append(tuple(clip.shape))
+            return clip.repeat_interleave(4, -1).repeat_interleave(4, -2)
+
+    clip = torch.rand(1, 2, 3, 30, 75)
+    restored = AnySize(Strict(), 4)(clip)
+    assert seen == [(1, 2, 3, 32, 80)]
+    assert torch.equal(restored, clip.repeat_interleave(4, -1).repeat_interleave(4, -2))

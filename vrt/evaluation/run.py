@@ -12,7 +12,7 @@ from vrt.data.sampler import evaluation_clip
 from vrt.evaluation.baseline import baseline
 from vrt.evaluation.metrics import Quality, quality
 from vrt.evaluation.pictures import Place, Triple, worst_crop
-from vrt.evaluation.tiling import restore, tile_count
+from vrt.evaluation.tiling import AnySize, restore, tile_count
 from vrt.observe import progress
 from vrt.params import Noise, Params
 
@@ -80,10 +80,11 @@ def evaluate(network: nn.Module, data: PreparedData, params: Params, split: str,
     tile, overlap, upscale = params.evaluate.tile, params.evaluate.overlap, params.network.upscale
     tiles = [tile_count((clip.frames, clip.height // upscale, clip.width // upscale), tile, overlap) for clip in clips]
     rows = []
+    any_size = AnySize(network, upscale)
     with progress(f"evaluate {split}", sum(tiles), "tiles") as bar:
         for clip in clips:
             batch = evaluation_clip(data, params, clip)
-            restored = restore(network, batch.degraded, tile, overlap, upscale, lambda name=clip.name: bar.advance(clip=name))
+            restored = restore(any_size, batch.degraded, tile, overlap, upscale, lambda name=clip.name: bar.advance(clip=name))
             rows.append(measure(clip.name, batch.degraded[0], restored[0], batch.truth[0], keep_middle=not rows))
     means = Scores(_mean([row.scores.input for row in rows]), _mean([row.scores.restored for row in rows]))
     label = "noisy input" if isinstance(params.degradation, Noise) else "bicubic input"

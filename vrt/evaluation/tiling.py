@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vrt.model.network import MULTIPLE
 
 Size = tuple[int, int, int]
 """Frames, height, width."""
@@ -45,6 +48,21 @@ def restore(network: nn.Module, degraded: Tensor, tile: Size, overlap: Size, ups
             if progress:
                 progress()
     return restored
+
+
+class AnySize(nn.Module):
+    """A network that takes clips of any height and width: the last row and column are repeated up to a size that VRT takes, and cut off again."""
+
+    def __init__(self, network: nn.Module, upscale: int):
+        super().__init__()
+        self.network, self.upscale = network, upscale
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(B, D, C, h, w) -> (B, D, 3, h * upscale, w * upscale)."""
+        height, width = clip.shape[-2:]
+        missing = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
+        padded = F.pad(clip.flatten(0, 1), missing, mode="replicate").unflatten(0, clip.shape[:2]) if any(missing) else clip
+        return self.network(padded)[..., : height * self.upscale, : width * self.upscale]
 
 
 def tile_count(size: Size, tile: Size, overlap: Size) -> int:

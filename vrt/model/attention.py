@@ -81,7 +81,7 @@ class BiasedAttention(torch.autograd.Function):
     """Scaled dot-product attention with a bias that is trained, without ever holding the scores of all windows.
 
     PyTorch's fused kernels give no gradient to the bias on CPUs: they fall back to holding all scores, A * N * N per window. Here the
-    forward pass keeps nothing but its inputs, and the backward pass computes the scores again, as many windows at a time as fit the cache.
+    forward pass keeps only its inputs and output, and the backward pass computes the scores again, as many windows at a time as fit the cache.
     """
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,8 @@ def run_demo() -> int:
     services.up()
     os.environ.update(services.load_environment())
     log.info("dvc repro: prepare, train, evaluate (Ctrl-C stops and saves; run it again to go on)")
+    # Ctrl-C reaches the trainer too, which saves: wait for that instead of dying over it.
+    signal.signal(signal.SIGINT, lambda *_: None)
     # DVC runs the stages with the first `python` on the path.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     code = subprocess.run([sys.executable, "-m", "dvc", "repro"], env=os.environ | {"PATH": path}, check=False).returncode
@@ -36,7 +39,7 @@ def run_demo() -> int:
     registry = MlflowRegistry(lineage_of(params, PreparedData.open(PREPARED)))
     registry.attach()
     Console().print(summary(registry.lineage, len(registry.registered()), time.monotonic() - started))
-    Console().print(f"Browse the checkpoints: {registry.page}/artifacts\n", soft_wrap=True)
+    Console().print(f"Browse the checkpoints: {registry.page}/artifacts", soft_wrap=True)
     return EXIT_DONE
 
 
