@@ -27,7 +27,7 @@ class ParamsError(ValueError):
 class Section(BaseModel):
     """One level of the params file: immutable, no unknown keys, no silent conversions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Noise(Section):
@@ -183,12 +183,10 @@ class Params(Section):
             raise ValueError(f"{found}; set network.upscale: {scale}")
         if self.network.nonblind_denoising and not isinstance(self.degradation, Noise):
             raise ValueError("network.nonblind_denoising needs a noise level; set it to false or degradation.kind to noise")
-        if self.train.crop % scale:
-            nearest = self.train.crop // scale * scale + scale
-            raise ValueError(f"train.crop {self.train.crop} is no multiple of the scale {scale}; choose one, such as {nearest}")
-        if self.train.crop // scale % SIDE:
-            found = f"train.crop {self.train.crop} gives the network {self.train.crop // scale} pixels"
-            raise ValueError(f"{found}; expected a multiple of {SIDE}, such as a crop of {(self.train.crop // scale // SIDE + 1) * SIDE * scale}")
+        unit = SIDE * scale
+        if self.train.crop % unit:
+            nearest = self.train.crop // unit * unit + unit
+            raise ValueError(f"train.crop {self.train.crop} is no multiple of {unit} ({SIDE} times the scale {scale}); choose one, such as {nearest}")
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -223,6 +221,8 @@ def load_params(path: Path) -> Params:
         tree = read_yaml(path)
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such params file; write one with `vrt init --recipe quickstart`") from None
+    except OSError as error:
+        raise ParamsError(f"{path}: {error.strerror}; expected a readable params file") from None
     return parse(Params, tree, path)
 
 
@@ -239,7 +239,7 @@ def parse(model: type[SectionType], tree: Any, source: Path) -> SectionType:
     if not isinstance(tree, dict):
         raise ParamsError(f"{source}: found {_show(tree)} at the top; expected keys: {', '.join(model.model_fields)}")
     try:
-        return model.model_validate_json(json.dumps(tree))
+        return model.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         lines = [_explain(model, problem) for problem in error.errors()]
         raise ParamsError("\n".join([f"{source}: {len(lines)} wrong value{'s' * (len(lines) > 1)}", *(f"  {line}" for line in lines)])) from None

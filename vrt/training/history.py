@@ -21,6 +21,9 @@ class History:
         row.update(metrics)
         return row
 
+    def has(self, step: int, metric: str) -> bool:
+        return metric in self._rows.get(step, {})
+
     @property
     def rows(self) -> list[Row]:
         return list(self._rows.values())

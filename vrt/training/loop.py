@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy
 import torch
@@ -13,13 +13,14 @@ from torch import nn
 from vrt.data.sampler import Batch
 from vrt.lifecycle import StopRequest
 from vrt.observe import log, progress
-from vrt.params import Params
+from vrt.params import Params, Train
 from vrt.training.ema import update_ema
 from vrt.training.history import History, Row
 from vrt.training.optim import charbonnier, set_schedule
 
 # Keeps the draws of a training step apart from other draws of the same seed.
 STEP_STREAM = 7_001
+SPOILED = "nothing of this step was saved, and the last checkpoint is sound: lower optimizer.lr, or look at the data"
 
 
 @dataclass
@@ -68,34 +69,58 @@ def train(
     """
     plan = params.train
     with progress("train", plan.total_steps, "steps", done=state.step) as bar:
+        if state.step and due(plan, state.step).validate and not state.history.has(state.step, "val/psnr"):
+            # The attempt before was stopped at this step and had no time to validate it.
+            validate_step(state, checkpoints, validate)
         speed, shown = Speed(state.step), {}
         for step, batch in batches:
             loss, lr = take_step(params, state, step, batch)
-            stopping = stop.reason is not None
-            last = step == plan.total_steps
-            saving = last or stopping or step % plan.checkpoint_every == 0
-            if step % plan.log_every == 0 or saving:
-                row = log_step(state, loss.item(), lr)
+            now = due(plan, step)
+            stopping = stop.reason is not None and step < plan.total_steps
+            if now.log or stopping:
+                check_loss(step, loss.item())
+            if now.save or stopping:
+                check_weights(state)
+            if now.log:
                 rate = speed.at(step)
-                checkpoints.send(row | {"train/steps_per_s": rate})
-                shown = {"loss": f"{row['train/loss']:.4f}", "lr": f"{lr:.2e}", "speed": f"{rate:.2f} step/s"}
-            preview = None
-            if not stopping and (last or saving or step % plan.validate_every == 0):
-                result = validate(state.released)
-                metrics = {f"val/{key}": value for key, value in result.metrics.items()}
-                state.history.add(step, metrics)
-                checkpoints.send({"step": step} | metrics)
-                preview = result.preview
-                log.info("step %d: validation %s", step, ", ".join(f"{key} {value:.3f}" for key, value in result.metrics.items()))
-            if saving:
+                checkpoints.send(state.history.add(step, {"train/loss": loss.item(), "train/lr": lr}) | {"train/steps_per_s": rate})
+                shown = {"loss": f"{loss.item():.4f}", "lr": f"{lr:.2e}", "speed": f"{rate:.2f} step/s"}
+            preview = validate_step(state, checkpoints, validate) if now.validate and not stopping else None
+            if now.save or stopping:
                 checkpoints.save(state, preview)
-            if preview or saving:
+            if now.validate or now.save:
                 speed = Speed(step)
             bar.advance(1, **shown)
-            if stopping and not last:
+            if stopping:
                 log.warning("stopping after step %d: %s", step, stop.reason)
                 return False
     return True
+
+
+class Due(NamedTuple):
+    log: bool
+    validate: bool
+    save: bool
+
+
+def due(plan: Train, step: int) -> Due:
+    """What to do after a step: a function of the step, so that the history does not show where a training was interrupted.
+
+    Every checkpoint that is due is logged and validated too, so that each says how good it is.
+    """
+    last = step == plan.total_steps
+    save = last or step % plan.checkpoint_every == 0
+    return Due(log=save or step % plan.log_every == 0, validate=save or step % plan.validate_every == 0, save=save)
+
+
+def validate_step(state: TrainingState, checkpoints: Checkpoints, validate: Callable[[nn.Module], Validation]) -> bytes:
+    """Validate the released network, enter the result into the history, and return the preview."""
+    result = validate(state.released)
+    metrics = {f"val/{key}": value for key, value in result.metrics.items()}
+    state.history.add(state.step, metrics)
+    checkpoints.send({"step": state.step} | metrics)
+    log.info("step %d: validation %s", state.step, ", ".join(f"{key} {value:.3f}" for key, value in result.metrics.items()))
+    return result.preview
 
 
 class Speed:
@@ -128,11 +153,14 @@ def take_step(params: Params, state: TrainingState, step: int, batch: Batch) -> 
     return loss.detach(), lr
 
 
-def log_step(state: TrainingState, loss: float, lr: float) -> Row:
-    """Enter the step into the history. Raises FloatingPointError for a loss that is NaN or infinite."""
+def check_loss(step: int, loss: float) -> None:
+    """Raises FloatingPointError for a loss that is NaN or infinite."""
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"step {state.step}: the loss is {loss}; nothing of this step was saved, and the last checkpoint is sound: "
-            "lower optimizer.lr, or look at the data"
-        )
-    return state.history.add(state.step, {"train/loss": loss, "train/lr": lr})
+        raise FloatingPointError(f"step {step}: the loss is {loss}; {SPOILED}")
+
+
+def check_weights(state: TrainingState) -> None:
+    """Raises FloatingPointError for weights that are NaN or infinite: a gradient can spoil them before any loss shows it."""
+    for name, parameter in state.network.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise FloatingPointError(f"step {state.step}: {name} holds values that are no numbers; {SPOILED}")
