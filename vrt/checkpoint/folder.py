@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vrt.checkpoint.errors import CheckpointError
+from vrt.checkpoint.errors import CheckpointError, FolderUnavailable
 from vrt.checkpoint.manifest import FileEntry, Manifest, manifest_name, problems_of
 from vrt.checkpoint.serialize import HashingWriter
 
@@ -36,6 +36,9 @@ class CheckpointFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for leftover in self.path.glob(f"{_UNFINISHED}*"):
                 leftover.unlink()
+            probe = self.path / f"{_UNFINISHED}probe"
+            probe.touch()
+            probe.unlink()
         except OSError as error:
             raise CheckpointError(f"{self.path}: the checkpoint folder can't be written ({error.strerror}); free it or choose another") from error
 
@@ -49,10 +52,12 @@ class CheckpointFolder:
             manifest = describe(files)
             self._write(manifest_name(step), lambda file: file.write(manifest.to_bytes()))
             self._sync()
-        except OSError as error:
+        except BaseException as error:
             for name in (*(f"{step}_{name}" for name in contents), manifest_name(step)):
                 with suppress(OSError):
                     (self.path / name).unlink()
+            if not isinstance(error, OSError):
+                raise
             hint = "free space there" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make the folder writable"
             raise CheckpointError(f"{self.path}: step {step} could not be saved ({error.strerror}); {hint}: the next save tries again") from error
         return manifest
@@ -117,7 +122,8 @@ class CheckpointFolder:
                 fetch(file, unfinished)
                 unfinished.replace(self.path / file.name)
             except OSError as error:
-                raise CheckpointError(f"{self.path / file.name}: could not be written ({error.strerror})") from error
+                found = f"{self.path / file.name}: could not be written ({error.strerror})"
+                raise FolderUnavailable(f"{found}; free space there and start again") from error
         problems = problems_of(manifest, self.path)
         if problems:
             self.set_aside(manifest.step)

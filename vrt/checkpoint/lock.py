@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vrt.checkpoint.errors import LockedError
+from vrt.checkpoint.errors import CheckpointError, LockedError
 from vrt.lifecycle import launchers_of, lost_launcher
 from vrt.observe import log
 
@@ -23,9 +23,13 @@ def locked(folder: Path) -> Iterator[None]:
 
     An owner whose launcher died is about to save and end: it is waited for. Any other owner means LockedError at once.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
-    with path.open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be written ({error.strerror}); make the folder writable or free space there") from error
+    with file:
         _acquire(file.fileno(), path)
         file.seek(0)
         file.truncate()

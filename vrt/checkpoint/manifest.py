@@ -68,8 +68,10 @@ class Manifest:
             raise CheckpointError(f"{source}: no readable manifest ({type(error).__name__}: {error})") from error
         if digest != manifest.digest:
             raise CheckpointError(f"{source}: the manifest's own digest does not match its content; it was altered or damaged")
-        if any("/" in file.name or file.name.startswith(".") for file in manifest.files):
-            raise CheckpointError(f"{source}: a file name leads out of the checkpoint's folder; the manifest was forged")
+        taken = manifest_name(manifest.step)
+        for name in (str(file.name) for file in manifest.files):
+            if not name.startswith(f"{manifest.step}_") or "/" in name or name == taken:
+                raise CheckpointError(f"{source}: {name!r} is no name of a file of step {manifest.step}; the manifest was forged")
         return manifest
 
 
@@ -82,10 +84,13 @@ def problems_of(manifest: Manifest, folder: Path) -> list[str]:
     problems = []
     for file in manifest.files:
         path = folder / file.name
-        if not path.is_file():
-            problems.append(f"{file.name} is missing")
-        elif path.stat().st_size != file.size:
-            problems.append(f"{file.name} has {path.stat().st_size} bytes; the manifest says {file.size}")
-        elif sha256_of(path) != file.sha256:
-            problems.append(f"{file.name} has other content than the manifest says (SHA-256 differs)")
+        try:
+            if not path.is_file():
+                problems.append(f"{file.name} is missing")
+            elif path.stat().st_size != file.size:
+                problems.append(f"{file.name} has {path.stat().st_size} bytes; the manifest says {file.size}")
+            elif sha256_of(path) != file.sha256:
+                problems.append(f"{file.name} has other content than the manifest says (SHA-256 differs)")
+        except OSError as error:
+            problems.append(f"{file.name} can't be read ({error.strerror})")
     return problems

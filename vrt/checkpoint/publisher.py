@@ -21,11 +21,13 @@ from vrt.observe import log
 
 SECONDS_BETWEEN_SENDS = 2.0
 LONGEST_PAUSE = 30.0
+MOST_REFUSALS = 3
 
 
 class Registry(Protocol):
     """Where a published checkpoint becomes registered, and metrics go."""
 
+    def check(self, manifest: Manifest) -> object: ...
     def register(self, manifest: Manifest, address: str, folder: Path) -> None: ...
     def send(self, rows: list[dict[str, float]]) -> None: ...
     def note(self, key: str, text: str) -> None: ...
@@ -40,6 +42,8 @@ class Publisher:
         self._waiting: list[Manifest] = []
         self._refused: dict[int, str] = {}
         self._rows: list[dict[str, float]] = []
+        self._refused_rows: list[str] = []
+        self._refusals = 0
         self._notes: dict[str, str] = {}
         self._trouble = ""
         self._finishing = False
@@ -71,7 +75,7 @@ class Publisher:
             self._changed.notify()
         self._thread.join(seconds)
         with self._changed:
-            missing = [f"step {step}: {reason}" for step, reason in self._refused.items()]
+            missing = [*self._refused_rows, *(f"step {step}: {reason}" for step, reason in self._refused.items())]
             missing += [f"step {manifest.step}: {self._trouble or 'not published in time'}" for manifest in self._waiting]
             if self._rows:
                 missing.append(f"metrics of {len(self._rows)} steps: {self._trouble or 'not sent in time'}")
@@ -101,8 +105,7 @@ class Publisher:
         # The first failure ends the round, so metrics come before the checkpoint whose steps they describe.
         with self._changed:
             rows, notes, manifests = list(self._rows), dict(self._notes), list(self._waiting)
-        if rows:
-            self._registry.send(rows)
+        if rows and self._send(rows):
             with self._changed:
                 del self._rows[: len(rows)]
         for key, text in notes.items():
@@ -114,9 +117,25 @@ class Publisher:
             with self._changed:
                 self._waiting.remove(manifest)
 
+    def _send(self, rows: list[dict[str, float]]) -> bool:
+        """False: not this time, though the registry answers. Refused again and again, they no longer hold up the checkpoints behind them."""
+        try:
+            self._registry.send(rows)
+        except StoreUnavailable:
+            raise
+        except Exception as error:
+            self._refusals += 1
+            log.exception("metrics of steps %d to %d can't be sent", rows[0]["step"], rows[-1]["step"])
+            if self._refusals < MOST_REFUSALS:
+                return False
+            self._refused_rows.append(f"metrics of steps {rows[0]['step']} to {rows[-1]['step']}: {error}")
+        self._refusals = 0
+        return True
+
     def _publish(self, manifest: Manifest) -> None:
         started = time.monotonic()
         try:
+            self._registry.check(manifest)
             address = self._store.publish(manifest, self._folder.path)
             self._registry.register(manifest, address, self._folder.path)
         except CheckpointError as error:

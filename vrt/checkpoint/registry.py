@@ -141,7 +141,19 @@ class MlflowRegistry:
             )
             found += page
             token = page.token or ""
-        return [version for version in found if {"step", "digest"} <= version.tags.keys()]
+        # A version that someone made by hand may have any tags.
+        return [version for version in found if "digest" in version.tags and version.tags.get("step", "").isdigit()]
+
+    def check(self, manifest: Manifest) -> Registered | None:
+        """The registered checkpoint of the same step. Raises CheckpointError where it has other content: it must not be overwritten."""
+        known = self.registered().get(manifest.step)
+        if known and known.digest != manifest.digest:
+            raise CheckpointError(
+                f"{manifest.lineage} step {manifest.step} is registered with other content "
+                f"(digest {known.digest[:12]}, here {manifest.digest[:12]}): two trainers wrote one lineage, "
+                "or the machines compute differently; delete one of the two versions"
+            )
+        return known
 
     def register(self, manifest: Manifest, address: str, folder: Path) -> None:
         """Enter a published checkpoint as a model version. Repeating it does nothing.
@@ -151,13 +163,7 @@ class MlflowRegistry:
         from mlflow.exceptions import MlflowException
         from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
-        known = self.registered().get(manifest.step)
-        if known and known.digest != manifest.digest:
-            raise CheckpointError(
-                f"{manifest.lineage} step {manifest.step} is registered with other content "
-                f"(digest {known.digest[:12]}, here {manifest.digest[:12]}): two trainers wrote one lineage, "
-                "or the machines compute differently; delete one of the two versions"
-            )
+        known = self.check(manifest)
         with self._guarded() as client:
             if not known:
                 try:
@@ -170,12 +176,10 @@ class MlflowRegistry:
                 facts = {"step": str(manifest.step), "lineage": manifest.lineage, "digest": manifest.digest, "bytes": str(manifest.size)}
                 tags = facts | metrics | manifest.origin
                 described = ", ".join([f"step {manifest.step}", *(f"{key} {value}" for key, value in metrics.items())])
-                version = client.create_model_version(
+                client.create_model_version(
                     self.lineage.model, address, run_id=self.run_id, tags=tags, description=described, await_creation_for=None
                 )
-                newest = version.version
-            else:
-                newest = max(self._versions(client), key=lambda version: int(version.tags["step"])).version
+            newest = max(self._versions(client), key=lambda version: int(version.tags["step"])).version
             client.set_registered_model_alias(self.lineage.model, LATEST_STEP, newest)
 
     def _log_preview(self, client, manifest: Manifest, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+from vrt.checkpoint.errors import CheckpointError, FolderUnavailable, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
 from vrt.checkpoint.store import Store
@@ -75,7 +75,8 @@ def _make_healthy(folder: CheckpointFolder, lineage: str, candidate: Candidate, 
         if manifest.digest != candidate.registered.digest:
             return [*problems, f"the manifest at {candidate.registered.address} is not the one registered"]
         folder.receive(manifest, lambda file, path: store.fetch(candidate.registered.address, file, path))
-    except StoreUnavailable:
+    except (StoreUnavailable, FolderUnavailable):
+        # The checkpoint may be sound: going on from an older one would lose what the user can still have.
         raise
     except CheckpointError as error:
         return [*problems, f"its registered copy: {error}"]

@@ -1,7 +1,6 @@
 """Tensors to files and back, in the form KAIR writes and reads: plain `torch.save` of plain state dicts."""
 
 import hashlib
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,8 +53,9 @@ def load(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        # Depending on where a file is damaged, torch raises about any error, some of them without a word.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: can't be read as tensors and plain values ({reason}); restore it or delete it") from error
 
 

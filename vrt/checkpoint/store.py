@@ -89,13 +89,16 @@ class S3Store:
                 self._client = boto3.client("s3", config=config)
             yield self._client
         except NoCredentialsError as error:
-            raise CheckpointError(f"{address}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
-        except ClientError as error:
-            if _status(error) in (401, 403, 404):
-                raise CheckpointError(f"{address}: the store refused ({error}); check the credentials, the bucket and its policy") from error
-            raise StoreUnavailable(f"{address}: {error}") from error
-        except (BotoCoreError, Boto3Error) as error:
-            raise StoreUnavailable(f"{address}: the store does not answer ({error})") from error
+            raise StoreUnavailable(f"{address}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
+        except (BotoCoreError, Boto3Error, ClientError) as error:
+            # An upload hides the store's answer in an error of its own.
+            answer = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, ClientError)), None)
+            if answer is None:
+                raise StoreUnavailable(f"{address}: the store does not answer ({error})") from error
+            if answer.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+                raise CheckpointError(f"{address}: there is no such object in the store ({answer})") from error
+            # Rights can be mended while the training goes on, so this is no verdict on the checkpoint.
+            raise StoreUnavailable(f"{address}: the store refused ({answer}); check the credentials, the bucket and its policy") from error
 
 
 def _status(error) -> int:

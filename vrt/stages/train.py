@@ -101,8 +101,10 @@ def keeping(lineage: Lineage, params: Params, data: PreparedData) -> Iterator[Ke
     try:
         yield keeper
     except BaseException:
-        keeper.saver.wait()
-        conclude(keeper, "FAILED", SECONDS_TO_PUBLISH_WHEN_STOPPED)
+        try:
+            keeper.saver.wait()
+        finally:
+            conclude(keeper, "FAILED", SECONDS_TO_PUBLISH_WHEN_STOPPED)
         raise
 
 

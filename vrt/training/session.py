@@ -39,8 +39,9 @@ def restore(state: TrainingState, manifest: Manifest, folder: Path) -> None:
     if state.ema is not None:
         state.ema.load_state_dict(load_fitting(folder / _name(manifest, EMA), state.ema) if _has(manifest, EMA) else weights)
     path = folder / _name(manifest, OPTIMIZER)
+    optimizer = load(path)
     try:
-        state.optimizer.load_state_dict(load(path))
+        state.optimizer.load_state_dict(optimizer)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: no optimizer state of this network ({error})") from error
     state.history = History.from_bytes((folder / _name(manifest, HISTORY)).read_bytes())

@@ -1,0 +1,214 @@
+"""Publishing behind the training: everything arrives, in order, whatever fails meanwhile; or it is said what is missing."""
+
+import threading
+from collections import deque
+from pathlib import Path
+
+import pytest
+import torch
+
+from vrt.checkpoint import publisher as module
+from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+from vrt.checkpoint.manifest import FileEntry, Manifest
+from vrt.checkpoint.publisher import Publisher, Saver
+
+
+class Recorder:
+    """Store and registry in one: writes down what arrives, in order, after failing as told. `block` holds every call until it is set."""
+
+    def __init__(self, *failures: Exception):
+        self.arrived: list = []
+        self.calls = 0
+        self.block = threading.Event()
+        self.block.set()
+        self._failures = deque(failures)
+        self._changed = threading.Condition()
+
+    def _call(self, *arrived) -> None:
+        assert self.block.wait(60)
+        with self._changed:
+            self.calls += 1
+            if self._failures and (failure := self._failures.popleft()):
+                raise failure
+            self.arrived += arrived
+            self._changed.notify_all()
+
+    def wait_for(self, what: tuple) -> None:
+        """Until `what` arrived: at the end of a training the publisher tries less often than these tests can wait."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: what in self.arrived, 60)
+
+    def publish(self, manifest: Manifest, folder: Path) -> str:
+        self._call(("published", manifest.step))
+        return f"s3://bucket/{manifest.step}"
+
+    def check(self, manifest: Manifest) -> None:
+        self._call()
+
+    def register(self, manifest: Manifest, address: str, folder: Path) -> None:
+        self._call(("registered", manifest.step, address))
+
+    def send(self, rows: list[dict[str, float]]) -> None:
+        self._call(*(("sent", row["step"]) for row in rows))
+
+    def note(self, key: str, text: str) -> None:
+        self._call(("noted", key, text))
+
+    def manifest(self, address: str) -> Manifest:
+        raise NotImplementedError
+
+    def fetch(self, address: str, file: FileEntry, path: Path) -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_SENDS", 0.01)
+    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.02)
+
+
+@pytest.fixture
+def publishing(folder):
+    """Starts a publisher to a recorder; lets it end with the test."""
+    recorders = []
+
+    def start(recorder: Recorder) -> Publisher:
+        recorders.append(recorder)
+        publisher = Publisher(folder, recorder, recorder)
+        publisher.start()
+        return publisher
+
+    yield start
+    for recorder in recorders:
+        recorder.block.set()
+
+
+def both(step: int) -> list[tuple]:
+    return [("published", step), ("registered", step, f"s3://bucket/{step}")]
+
+
+def test_metrics_come_before_the_checkpoint_whose_steps_they_describe(publishing, folder, commit):
+    recorder = Recorder()
+    recorder.block.clear()
+    publisher = publishing(recorder)
+    for step in (1, 2):
+        publisher.send({"step": step})
+    publisher.publish(commit(folder, 2))
+    recorder.block.set()
+    assert publisher.finish(60) == []
+    assert recorder.arrived == [("sent", 1), ("sent", 2), *both(2)]
+
+
+@pytest.mark.parametrize("down", range(1, 12))
+def test_all_arrives_once_and_in_order_after_an_outage_at_any_moment(publishing, folder, commit, down: int):
+    # Calls fail from number `down` on, for a while; one of them with an error that nobody foresaw.
+    recorder = Recorder(*[None] * (down - 1), StoreUnavailable("down"), ValueError("a bug"), StoreUnavailable("down"))
+    recorder.block.clear()
+    publisher = publishing(recorder)
+    for step in (1, 2, 3):
+        publisher.send({"step": step})
+        publisher.publish(commit(folder, step))
+    publisher.note("failed_save", "the disk was full")
+    recorder.block.set()
+    recorder.wait_for(both(3)[1])
+    assert publisher.finish(60) == []
+    sent = [what for what in recorder.arrived if what[0] == "sent"]
+    assert sent == [("sent", 1), ("sent", 2), ("sent", 3)]
+    assert recorder.arrived.count(("noted", "failed_save", "the disk was full")) == 1
+    registered = [what[1] for what in recorder.arrived if what[0] == "registered"]
+    assert registered == [1, 2, 3]
+    for step in (1, 2, 3):
+        # Publishing is repeated where registering failed, and is always first; the metrics are always before both.
+        assert recorder.arrived.index(("sent", step)) < recorder.arrived.index(("published", step))
+        assert recorder.arrived.index(("published", step)) < recorder.arrived.index(both(step)[1])
+
+
+def test_an_outage_is_told_once_not_at_every_try(publishing, folder, commit, caplog):
+    recorder = Recorder(*[StoreUnavailable("the store is down")] * 5)
+    publisher = publishing(recorder)
+    publisher.publish(commit(folder, 40))
+    recorder.wait_for(both(40)[1])
+    assert publisher.finish(60) == []
+    assert recorder.calls == 8
+    assert caplog.text.count("publishing is held up, training goes on: the store is down") == 1
+
+
+def test_a_refused_checkpoint_is_reported_and_holds_up_no_other(publishing, folder, commit):
+    recorder = Recorder(CheckpointError("wrong credentials"))
+    publisher = publishing(recorder)
+    publisher.publish(commit(folder, 20))
+    publisher.publish(commit(folder, 40))
+    assert publisher.finish(60) == ["step 20: wrong credentials"]
+    assert recorder.arrived == both(40)
+
+
+def test_what_did_not_arrive_in_time_is_named(publishing, folder, commit):
+    recorder = Recorder(*[StoreUnavailable("the store is down")] * 1000)
+    publisher = publishing(recorder)
+    publisher.send({"step": 1})
+    publisher.send({"step": 2})
+    publisher.publish(commit(folder, 20))
+    publisher.publish(commit(folder, 40))
+    down = "the store is down"
+    assert publisher.finish(0.1) == [f"step 20: {down}", f"step 40: {down}", f"metrics of 2 steps: {down}"]
+
+
+def test_a_store_that_hangs_does_not_hold_the_end_of_the_training(publishing, folder, commit):
+    recorder = Recorder()
+    recorder.block.clear()
+    publisher = publishing(recorder)
+    publisher.publish(commit(folder, 20))
+    assert publisher.finish(0.1) == ["step 20: not published in time"]
+
+
+def test_an_outage_of_the_store_keeps_no_snapshot_from_disk(publishing, folder, lineage):
+    recorder = Recorder()
+    recorder.block.clear()
+    saver = Saver(folder, publishing(recorder))
+    weight = torch.zeros(3)
+    for step in (1, 2, 3):
+        weight += 1
+        saver.save(step, {"G.pth": {"w": weight}}, {}, {"lineage": lineage, "metrics": {}, "identity": {}, "origin": {}})
+    saver.wait()
+    assert saver.failure is None
+    assert folder.steps() == [3, 2, 1]
+    assert [torch.load(folder.path / f"{step}_G.pth")["w"][0].item() for step in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_the_training_may_change_its_state_while_it_is_written(folder, lineage, publishing):
+    saver = Saver(folder, publishing(Recorder()))
+    weight, go = torch.zeros(3), threading.Event()
+    write = folder.commit
+
+    def commit_later(*arguments):
+        assert go.wait(60)
+        return write(*arguments)
+
+    folder.commit = commit_later
+    saver.save(1, {"G.pth": {"w": weight}}, {"history.jsonl": b"{}\n"}, {"lineage": lineage, "metrics": {}, "identity": {}, "origin": {}})
+    weight += 1
+    go.set()
+    saver.wait()
+    assert torch.load(folder.path / "1_G.pth")["w"].tolist() == [0, 0, 0]
+    assert folder.problems(1, lineage) == []
+
+
+def test_a_step_registered_with_other_content_is_not_overwritten_in_the_store(publishing, folder, commit):
+    recorder = Recorder(CheckpointError("step 2 is registered with other content"))
+    publisher = publishing(recorder)
+    publisher.publish(commit(folder, 2))
+    assert publisher.finish(60) == ["step 2: step 2 is registered with other content"]
+    assert recorder.arrived == []
+
+
+def test_metrics_that_are_refused_for_good_are_told_and_hold_up_no_checkpoint(publishing, folder, commit):
+    class Refusing(Recorder):
+        def send(self, rows):
+            raise ValueError("no such metric")
+
+    recorder = Refusing()
+    publisher = publishing(recorder)
+    publisher.send({"step": 2})
+    publisher.publish(commit(folder, 2))
+    assert publisher.finish(60) == ["metrics of steps 2 to 2: no such metric"]
+    assert ("registered", 2, "s3://bucket/2") in recorder.arrived

@@ -1,0 +1,217 @@
+"""The MLflow registry against a real server: one run per lineage, each point and each checkpoint once."""
+
+import dataclasses
+import io
+import os
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+from vrt.checkpoint.folder import CheckpointFolder
+from vrt.checkpoint.manifest import Manifest
+from vrt.checkpoint.registry import Lineage, MlflowRegistry
+from vrt.checkpoint.resume import Registered
+
+
+@pytest.fixture
+def named(services, tmp_path: Path) -> Lineage:
+    """A lineage of the test's own in the shared server."""
+    return Lineage(f"{tmp_path.name}-{os.getpid()}", "0123456789abcdef", {"seed": 1})
+
+
+@pytest.fixture
+def opened(named: Lineage):
+    """Opens the registry as each attempt, in a process of its own, does."""
+
+    def attempt(lineage: Lineage = named, **params: object) -> MlflowRegistry:
+        registry = MlflowRegistry(lineage)
+        registry.open(params or {"seed": 1}, {"vrt.host": "here"})
+        return registry
+
+    return attempt
+
+
+@pytest.fixture
+def mlflow(services) -> MlflowClient:
+    return MlflowClient()
+
+
+def history(mlflow: MlflowClient, registry: MlflowRegistry, key: str) -> list[tuple[int, float]]:
+    return sorted((point.step, point.value) for point in mlflow.get_metric_history(registry.run_id, key))
+
+
+def test_each_attempt_continues_the_run_of_its_lineage(opened, mlflow, named):
+    first = opened(seed=1)
+    first.close("KILLED")
+    assert mlflow.get_run(first.run_id).info.status == "KILLED"
+    second = opened(seed=1)
+    assert (first.attempt, second.attempt) == (1, 2)
+    run = mlflow.get_run(second.run_id)
+    assert second.run_id == first.run_id
+    assert (run.info.run_name, run.info.status, run.data.params) == (named.id, "RUNNING", {"seed": "1"})
+    assert run.data.tags | {"vrt.attempts": "2", "vrt.host": "here", "vrt.lineage": named.id} == run.data.tags
+    assert second.checkpoints_address == f"{run.info.artifact_uri}/checkpoints"
+    assert second.checkpoints_address.startswith("s3://mlflow/vrt/")
+
+
+def test_other_params_than_the_runs_do_not_stop_an_attempt(opened, mlflow):
+    # A longer training of the same lineage: MLflow refuses to change a param, and marks the run failed where one tries.
+    opened(total_steps=10)
+    assert mlflow.get_run(opened(total_steps=20).run_id).data.params == {"total_steps": "10"}
+
+
+ROWS = [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 0.25, "val/psnr": 30.0}, {"step": 3, "train/loss": 0.125}]
+
+
+def test_a_point_sent_again_is_shown_once(opened, mlflow):
+    registry = opened()
+    registry.send(ROWS[:2])
+    registry.send(ROWS)
+    # After a restart the whole history is sent again, and goes on.
+    restarted = opened()
+    restarted.send(ROWS)
+    restarted.send([{"step": 4, "train/loss": 0.0625, "val/psnr": 31.0}])
+    assert history(mlflow, registry, "train/loss") == [(1, 0.5), (2, 0.25), (3, 0.125), (4, 0.0625)]
+    assert history(mlflow, registry, "val/psnr") == [(2, 30.0), (4, 31.0)]
+
+
+def test_points_that_arrived_before_an_outage_are_not_sent_again(opened, mlflow, monkeypatch, unused_port):
+    registry = opened()
+    registry.send(ROWS[:2])
+    with monkeypatch.context() as outage, pytest.raises(StoreUnavailable):
+        outage.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused_port}")
+        outage.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        registry.send(ROWS)
+    # Another process of the lineage: what this one believes to have sent is not the truth.
+    opened().send(ROWS)
+    registry.send([*ROWS, {"step": 4, "train/loss": 0.0625}])
+    assert history(mlflow, registry, "train/loss") == [(1, 0.5), (2, 0.25), (3, 0.125), (4, 0.0625)]
+
+
+def test_a_long_history_arrives_whole(opened, mlflow):
+    # More than fits in one request.
+    rows = [{"step": step, "train/loss": 1.0 / step, "train/lr": 0.5} for step in range(1, 1202)]
+    registry = opened()
+    registry.send(rows)
+    assert history(mlflow, registry, "train/loss") == [(row["step"], row["train/loss"]) for row in rows]
+
+
+@pytest.fixture
+def committed(folder: CheckpointFolder, named: Lineage):
+    """A checkpoint of the lineage with a preview, on local disk."""
+
+    def write(step: int, text: str = "") -> Manifest:
+        picture = io.BytesIO()
+        Image.new("RGB", (4, 3), (step, 0, 0)).save(picture, "PNG")
+        contents = {
+            "G.pth": lambda file: file.write(f"weights of {step}{text}".encode()),
+            "preview.png": lambda file: file.write(picture.getvalue()),
+        }
+        origin = {"attempt": "1", "code_version": "abc", "host": "here", "created": "2026-11-24T00:00:00+00:00"}
+        return folder.commit(step, contents, lambda files: Manifest(named.id, step, files, {"val/psnr": 31.25}, named.identity, origin))
+
+    return write
+
+
+def test_a_version_tells_all_about_its_checkpoint(opened, mlflow, committed, folder, named):
+    registry, manifest = opened(), committed(40)
+    address = f"{registry.checkpoints_address}/00000040"
+    registry.register(manifest, address, folder.path)
+    (version,) = mlflow.search_model_versions(f"name = '{named.model}'")
+    assert (version.source, version.run_id, version.description) == (address, registry.run_id, "step 40, val_psnr 31.25")
+    assert version.tags == {
+        "step": "40",
+        "lineage": named.id,
+        "digest": manifest.digest,
+        "bytes": str(manifest.size),
+        "val_psnr": "31.25",
+        "attempt": "1",
+        "code_version": "abc",
+        "host": "here",
+        "created": "2026-11-24T00:00:00+00:00",
+    }
+    assert registry.registered() == {40: Registered(40, manifest.digest, address)}
+    pictures = [artifact.path for artifact in mlflow.list_artifacts(registry.run_id, "images")]
+    assert [path for path in pictures if "preview" in path and "step%40" in path.replace("+", "%")], pictures
+
+
+def test_registering_again_enters_nothing_new(opened, mlflow, committed, folder, named):
+    registry, manifest = opened(), committed(40)
+    registry.register(manifest, f"{registry.checkpoints_address}/00000040", folder.path)
+    # The same step made again on another machine is the same content.
+    again = dataclasses.replace(manifest, origin=manifest.origin | {"host": "there", "attempt": "2"})
+    opened().register(again, f"{registry.checkpoints_address}/00000040", folder.path)
+    assert len(mlflow.search_model_versions(f"name = '{named.model}'")) == 1
+
+
+def test_other_content_under_a_registered_step_is_refused(opened, committed, folder, named):
+    registry, manifest = opened(), committed(40)
+    registry.register(manifest, "s3://mlflow/x/00000040", folder.path)
+    with pytest.raises(CheckpointError, match=f"{named.id} step 40 is registered with other content .*two trainers wrote one lineage"):
+        registry.register(committed(40, " of another"), "s3://mlflow/x/00000040", folder.path)
+    assert registry.registered()[40].digest == manifest.digest
+
+
+def test_the_latest_step_is_the_highest_whatever_was_registered_last(opened, mlflow, committed, folder, named):
+    registry = opened()
+    for step in (100, 20, 100, 60):
+        registry.register(committed(step), f"s3://mlflow/x/{step:08d}", folder.path)
+        assert mlflow.get_model_version_by_alias(named.model, "latest-step").tags["step"] == "100"
+    registry.register(committed(120), "s3://mlflow/x/00000120", folder.path)
+    assert mlflow.get_model_version_by_alias(named.model, "latest-step").tags["step"] == "120"
+
+
+def test_versions_that_people_made_and_other_lineages_do_not_count(opened, mlflow, committed, folder, named):
+    registry = opened()
+    registry.register(committed(40), "s3://mlflow/x/00000040", folder.path)
+    mlflow.create_model_version(named.model, "s3://mlflow/x/by-hand", run_id=registry.run_id, await_creation_for=None)
+    other = opened(Lineage(named.name, "fedcba9876543210", {"seed": 2}))
+    assert list(registry.registered()) == [40]
+    assert other.registered() == {}
+
+
+def test_a_new_lineage_finds_the_older_one_of_its_name(opened, named):
+    first = opened(seed=1)
+    assert first.sibling() is None
+    second = opened(Lineage(named.name, "fedcba9876543210", {"seed": 2}), seed=2)
+    found = second.sibling()
+    assert (found.lineage, found.params) == (named.id, {"seed": "1"})
+
+
+def test_reading_a_run_is_no_attempt(opened, mlflow, named):
+    reader = MlflowRegistry(named)
+    assert not reader.attach()
+    registry = opened()
+    assert reader.attach()
+    assert reader.run_id == registry.run_id
+    reader.record(40, {"test/psnr": 30.5})
+    reader.record(40, {"test/psnr": 30.5})
+    assert history(mlflow, registry, "test/psnr") == [(40, 30.5)]
+    assert mlflow.get_run(registry.run_id).data.tags["vrt.attempts"] == "1"
+
+
+def test_a_note_shows_on_the_run(opened, mlflow):
+    registry = opened()
+    registry.note("failed_save", "x" * 9000)
+    assert mlflow.get_run(registry.run_id).data.tags["vrt.failed_save"] == "x" * 5000
+
+
+def test_a_server_that_is_gone_is_an_outage(named, monkeypatch, unused_port):
+    address = f"http://127.0.0.1:{unused_port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    # How often MLflow asks again is its own affair.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    registry = MlflowRegistry(named)
+    registry.run_id = "0" * 32
+    for call in (lambda: registry.open({}, {}), registry.registered, lambda: registry.send(ROWS), lambda: registry.close("FINISHED")):
+        with pytest.raises(StoreUnavailable, match=f"MLflow at {address} does not answer .*; see `vrt services status`"):
+            call()
+
+
+def test_without_an_address_the_way_to_local_services_is_told(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(StoreUnavailable, match="no address; run `vrt services up` for local services, or set MLFLOW_TRACKING_URI"):
+        MlflowRegistry(Lineage("tiny", "0" * 64, {})).open({}, {})

@@ -1,0 +1,161 @@
+"""When a command is told to stop, or left alone: shown with real signals and real chains of processes."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+# A trainer that says who it is, then why it was told to stop; or ends with its input, when nobody told it.
+TRAINER = """
+import os, select, sys, time
+from vrt.lifecycle import StopRequest, launchers_of
+
+with StopRequest() as stop:
+    print(os.getpid(), len(launchers_of(os.getpid())), flush=True)
+    while stop.reason is None:
+        if select.select([sys.stdin], [], [], 0.05)[0]:
+            break
+print(stop.reason, flush=True)
+"""
+# Starts another script as a child and waits for it, as a shell, DVC, torchrun or a flow does.
+LAUNCHER = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-u", *sys.argv[1:]])
+print(child.pid, flush=True)
+child.wait()
+"""
+AS_IN_A_TERMINAL = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts scripts, each launched by the one before, in a session of their own; ends what is left of them."""
+    started: list[subprocess.Popen[str]] = []
+
+    def launch(*scripts: str, hang_up: str = AS_IN_A_TERMINAL) -> subprocess.Popen[str]:
+        arguments = [argument for script in scripts for argument in ("-c", hang_up + script)]
+        command = [sys.executable, "-u", *arguments]
+        process = subprocess.Popen(command, cwd=PROJECT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        started.append(process)
+        return process
+
+    yield launch
+    for process in started:
+        # The session is gone where the test ended as it should.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_asks_to_stop_and_says_which(start, number: signal.Signals):
+    trainer = start(TRAINER)
+    trainer.stdout.readline()
+    trainer.send_signal(number)
+    assert trainer.stdout.read() == f"received {number.name}\n"
+    assert trainer.wait() == 0
+
+
+# Saves for as long as it is asked whether it still does.
+SAVES = """
+import sys, time
+from vrt.lifecycle import StopRequest
+
+with StopRequest() as stop:
+    print("training", flush=True)
+    while stop.reason is None:
+        time.sleep(0.01)
+    try:
+        print(stop.reason, flush=True)
+        while sys.stdin.readline():
+            print("saving", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_interrupts_at_once(start, first: signal.Signals):
+    trainer = start(SAVES)
+    assert trainer.stdout.readline() == "training\n"
+    trainer.send_signal(first)
+    assert trainer.stdout.readline() == f"received {first.name}\n"
+    # Being told again by whoever sends SIGTERM is no reason to drop the save.
+    trainer.send_signal(signal.SIGTERM)
+    trainer.stdin.write("still there?\n")
+    trainer.stdin.flush()
+    assert trainer.stdout.readline() == "saving\n"
+    trainer.send_signal(signal.SIGINT)
+    assert trainer.stdout.read() == "interrupted\n"
+
+
+AFTERWARDS = """
+import signal
+from vrt.lifecycle import StopRequest
+
+before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+with StopRequest():
+    pass
+print(before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)])
+"""
+
+
+def test_afterwards_signals_mean_what_they_meant_before(start):
+    assert start(AFTERWARDS).stdout.read() == "True\n"
+
+
+# "parent" is the trainer's own, "grandparent" the one above it, as `dvc repro` is above the shell of its stage.
+@pytest.mark.parametrize("killed", ["parent", "grandparent"])
+def test_the_death_of_a_launcher_is_noticed(start, killed: str):
+    chain = start(LAUNCHER, LAUNCHER, TRAINER)
+    parent = int(chain.stdout.readline())
+    trainer = int(chain.stdout.readline())
+    assert chain.stdout.readline().split() == [str(trainer), "2"]
+    os.kill({"parent": parent, "grandparent": chain.pid}[killed], signal.SIGKILL)
+    gone = {"parent": parent, "grandparent": chain.pid}[killed]
+    assert chain.stdout.readline() == f"process {gone}, which launched this one, is gone\n"
+
+
+def test_torchruns_own_sessions_do_not_hide_the_launcher(start):
+    # torchrun gives each worker a session; what launched torchrun counts all the same.
+    in_own_session = LAUNCHER.replace("*sys.argv[1:]])", "*sys.argv[1:]], start_new_session=True)")
+    chain = start(LAUNCHER, in_own_session, TRAINER)
+    chain.stdout.readline()
+    trainer = int(chain.stdout.readline())
+    try:
+        assert chain.stdout.readline().split() == [str(trainer), "2"]
+        os.kill(chain.pid, signal.SIGKILL)
+        assert chain.stdout.readline() == f"process {chain.pid}, which launched this one, is gone\n"
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(trainer, signal.SIGKILL)
+
+
+def test_under_nohup_a_training_outlives_whoever_launched_it(start):
+    ignoring = AS_IN_A_TERMINAL.replace("SIG_DFL", "SIG_IGN")
+    chain = start(LAUNCHER, TRAINER, hang_up=ignoring)
+    trainer = int(chain.stdout.readline())
+    assert chain.stdout.readline().split() == [str(trainer), "0"]
+    os.kill(chain.pid, signal.SIGKILL)
+    chain.wait()
+    # It goes on until it is asked to end: by its input, and not by the death that it would notice within half a second.
+    assert select.select([chain.stdout], [], [], 1.5)[0] == []
+    chain.stdin.close()
+    assert chain.stdout.readline() == "None\n"
+
+
+def test_the_watch_ends_with_the_command(start):
+    # A training that is over must not be told to stop: nobody would look.
+    script = "import threading\nfrom vrt.lifecycle import StopRequest\nwith StopRequest():\n    pass\n"
+    script += "[thread.join() for thread in threading.enumerate() if thread.name == 'launcher watch']\nprint('over')"
+    assert start(script).stdout.read() == "over\n"

@@ -1,0 +1,112 @@
+"""The loop: interrupted anywhere, it ends where the uninterrupted one does, to the last bit."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+def equal(one: object, other: object) -> bool:
+    """Whether two trees hold the same keys, values and bits."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return type(one) is type(other) and len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+@pytest.fixture
+def whole(params, fresh, attempt, tmp_path):
+    """The training without any interruption."""
+    return attempt(params, tmp_path / "whole", fresh())
+
+
+def test_a_resumed_training_has_the_state_of_an_uninterrupted_one(params, fresh, attempt, tmp_path, whole):
+    # Killed after step 3 was saved: a new process knows only what is on disk.
+    half = params.model_copy(update={"train": params.train.model_copy(update={"total_steps": 3})})
+    assert attempt(half, tmp_path / "parts", fresh()).done
+    torch.manual_seed(99)
+    resumed = attempt(params, tmp_path / "parts", fresh())
+    assert resumed.registered.steps == [6]
+    for part in ("network", "ema", "optimizer"):
+        assert equal(getattr(resumed.state, part).state_dict(), getattr(whole.state, part).state_dict()), part
+    assert resumed.state.step == whole.state.step == 6
+
+
+# By preemption, which may come at any step, not only where a checkpoint or a validation is due.
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5, 6])
+def test_a_stopped_and_resumed_training_writes_the_same_files(params, fresh, attempt, tmp_path, whole, stop_at: int):
+    first = attempt(params, tmp_path / "parts", fresh(), first_to_stop=stop_at)
+    assert first.folder.steps()[0] == stop_at
+    resumed = attempt(params, tmp_path / "parts", fresh())
+    assert resumed.done
+    found, expected = resumed.files(6), whole.files(6)
+    assert found.keys() == expected.keys()
+    assert found["6_history.jsonl"].decode() == expected["6_history.jsonl"].decode()
+    assert [name for name in expected if found[name] != expected[name]] == []
+    assert resumed.folder.manifest(6).digest == whole.folder.manifest(6).digest
+
+
+def test_what_happens_at_which_step(params, fresh, attempt, tmp_path, whole):
+    assert whole.done
+    assert whole.folder.steps() == [6, 3]
+    assert whole.registered.steps == [3, 6]
+    assert set(whole.files(6)) == {"6_G.pth", "6_E.pth", "6_optimizerG.pth", "6_history.jsonl", "6_preview.png"}
+    rows = whole.state.history.rows
+    assert [row["step"] for row in rows if "train/loss" in row] == [2, 3, 4, 6]
+    assert [row["step"] for row in rows if "val/psnr" in row] == [2, 3, 4, 6]
+    assert [row["step"] for row in whole.registered.rows if "train/steps_per_s" in row] == [2, 3, 4, 6]
+    # Speed is no function of the step: in the history it would make each run another.
+    assert not any("train/steps_per_s" in row for row in rows)
+
+
+def test_a_stop_request_ends_after_the_step_with_a_save_and_without_a_validation(params, fresh, attempt, tmp_path):
+    stopped = attempt(params, tmp_path / "parts", fresh(), first_to_stop=4)
+    assert not stopped.done
+    assert stopped.state.step == 4
+    assert stopped.folder.steps() == [4, 3]
+    assert stopped.registered.steps == [3, 4]
+    assert stopped.missing == []
+    assert [row["step"] for row in stopped.state.history.rows if "val/psnr" in row] == [2, 3]
+    assert set(stopped.files(4)) == {"4_G.pth", "4_E.pth", "4_optimizerG.pth", "4_history.jsonl"}
+
+
+class FailsAt(nn.Module):
+    """One number whose loss, or whose gradient alone, is no number any more from a step on."""
+
+    def __init__(self, step: int, what: str):
+        super().__init__()
+        self.flow, self.body = nn.Linear(1, 1), nn.Linear(1, 1)
+        self._step, self._what, self._calls = step, what, 0
+
+    def forward(self, clip: Tensor) -> Tensor:
+        self._calls += self.training
+        x = clip + self.body.weight + self.flow.weight
+        if self.training and self._calls >= self._step:
+            if self._what == "loss":
+                return x * float("nan")
+            x.register_hook(lambda gradient: gradient * float("nan"))
+        return x
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_loss_that_is_no_number_ends_the_training_and_is_not_saved(params, fresh, attempt, tmp_path, step: int):
+    with pytest.raises(FloatingPointError, match=f"step {step}: the loss is nan; nothing of this step was saved, and the last checkpoint is sound"):
+        attempt(params, tmp_path / "parts", fresh(lambda: FailsAt(step, "loss")))
+    assert sorted(path.name for path in (tmp_path / "parts").glob("*manifest*")) == ["3_manifest.json"]
+
+
+def test_a_loss_that_is_no_number_between_two_points_of_the_curve_is_never_saved(params, fresh, attempt, tmp_path):
+    # At step 5 nobody looks; step 6 is the next that would be saved.
+    with pytest.raises(FloatingPointError, match="step 6: the loss is nan"):
+        attempt(params, tmp_path / "parts", fresh(lambda: FailsAt(5, "loss")))
+    assert sorted(path.name for path in (tmp_path / "parts").glob("*manifest*")) == ["3_manifest.json"]
+
+
+def test_weights_that_are_no_numbers_are_not_saved(params, fresh, attempt, tmp_path):
+    # The loss of a step is that of the weights before it. A gradient that overflows spoils the weights without showing in it, and every
+    # training resumed from such a checkpoint would fail at its first step.
+    with pytest.raises(FloatingPointError, match="step 3"):
+        attempt(params, tmp_path / "parts", fresh(lambda: FailsAt(3, "gradient")))
+    assert list((tmp_path / "parts").glob("*manifest*")) == []
