@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger("vrt")
 
@@ -20,14 +19,21 @@ def set_up_logging() -> None:
     if log.handlers:
         return
     if _console.is_terminal:
-        handler: logging.Handler = RichHandler(console=_console, show_path=False, markup=False, log_time_format="%X")
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler: logging.Handler = _TerminalHandler()
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+class _TerminalHandler(logging.Handler):
+    """Prints above a running progress bar, and leaves long lines to the terminal: a wrapped address can't be clicked."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else None
+        _console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 class Bar:
@@ -68,7 +74,7 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
     if not _console.is_terminal:
         yield Bar(title, total, unit, done, None)
         return
-    count = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    clock = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[fields]}"))
-    with Progress(*count, *clock, console=_console) as live:
+    # Fits 80 columns with a training's fields beside it.
+    columns = (TextColumn("{task.description}"), BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[fields]}"))
+    with Progress(*columns, console=_console) as live:
         yield Bar(title, total, unit, done, live)

@@ -85,7 +85,7 @@ def test_changed_params_start_another_lineage_and_say_what_changed(make_workspac
     ended = workspace.run("vrt", "train")
 
     assert ended.returncode == 0, ended.stdout
-    assert "this is a new training" in ended.stdout and "changed since: optimizer.lr: 0.001 -> 0.002" in ended.stdout
+    assert "this is a new training" in ended.stdout and "changed since: optimizer.lr: 0.003 -> 0.002" in ended.stdout
 
 
 def test_more_steps_continue_the_same_lineage(make_workspace):

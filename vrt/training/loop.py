@@ -84,7 +84,7 @@ def train(
             if now.log:
                 rate = speed.at(step)
                 checkpoints.send(state.history.add(step, {"train/loss": loss.item(), "train/lr": lr}) | {"train/steps_per_s": rate})
-                shown = {"loss": f"{loss.item():.4f}", "lr": f"{lr:.2e}", "speed": f"{rate:.2f} step/s"}
+                shown = {"loss": f"{loss.item():.4f}", "lr": f"{lr:.2e}", "steps/s": f"{rate:.2f}"}
             preview = validate_step(state, checkpoints, validate) if now.validate and not stopping else None
             if now.save or stopping:
                 checkpoints.save(state, preview)
