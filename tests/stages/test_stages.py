@@ -78,6 +78,25 @@ def test_a_real_video_is_imported_prepared_and_trained_on(make_workspace):
     assert "gain_db" in workspace.run("dvc", "metrics", "show").stdout
 
 
+SUPER_RESOLUTION = {"degradation": {"kind": "bicubic", "scale": 4}, "network__upscale": 4, "train__crop": 32}
+NON_BLIND = {"network__nonblind_denoising": True, "degradation__sigma_min": 0}
+WITHOUT_EMA = {"train__ema_decay": 0}
+TWO_WORKERS = {"data__workers": 2, "train__batch_size": 2}
+
+
+@pytest.mark.parametrize("changes", [SUPER_RESOLUTION, NON_BLIND, WITHOUT_EMA, TWO_WORKERS], ids=["x4", "non-blind", "no EMA", "workers"])
+def test_every_kind_of_training_trains_resumes_and_is_evaluated(make_workspace, changes):
+    workspace = make_workspace("kind")
+    workspace.edit(**changes, train__total_steps=2)
+    assert workspace.run("vrt", "train").returncode == 0
+    workspace.edit(train__total_steps=3)
+    ended = workspace.run("vrt", "train")
+    assert ended.returncode == 0 and "continuing after step 2 of 3" in ended.stdout, ended.stdout
+    ended = workspace.run("vrt", "evaluate")
+    assert ended.returncode == 0 and "dB PSNR" in ended.stdout, ended.stdout
+    assert (workspace.root / "model/3_E.pth").exists() == (changes is not WITHOUT_EMA)
+
+
 def test_a_failing_stage_leaves_the_reason_in_dvcs_output(make_workspace):
     workspace = make_workspace("reason")
     workspace.edit(data__dataset="tiny", train__crop=4096)
