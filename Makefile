@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-long lint lock serve clean
+.PHONY: demo test test-long serve lock
 .DEFAULT_GOAL := demo
 
 # From an empty checkout to a trained, evaluated and registered network, with every service it needs.
@@ -28,7 +28,7 @@ serve: $(INSTALLED)
 # --no-deps: the lock is complete, and resolving it again costs pip minutes. The second line adds what torch itself pins
 # beyond the lock: the CUDA libraries where its wheel is the CUDA build, nothing for the CPU build.
 $(INSTALLED): requirements.lock pyproject.toml
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 ifeq ($(UV),)
 	$(BIN)/python -m pip install --no-deps --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --no-build-isolation --editable ".[dev]"

@@ -17,7 +17,7 @@ _MIDDLE = {"vrt.training", "vrt.evaluation", "vrt.checkpoint.registry"}
 MAY_IMPORT: Mapping[str, set[str]] = {
     "vrt.params": set(),
     "vrt.observe": set(),
-    "vrt.lifecycle": set(),
+    "vrt.lifecycle": {"vrt.observe"},
     "vrt.model": _GROUND,
     "vrt.data": _GROUND,
     "vrt.checkpoint": _GROUND,

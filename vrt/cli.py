@@ -2,16 +2,15 @@
 
 import argparse
 import os
-import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
-from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED
+from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, launchers
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns 0 done, 1 failed, 2 bad input, 75 stopped early with everything saved: start it again."""
+    launchers()
     args = parser().parse_args(argv)
     from vrt.observe import log, set_up_logging
 
@@ -21,6 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         log.error("%s", error, exc_info=_is_ours_to_fix(error))
         return EXIT_BAD_INPUT
+    except OSError as error:
+        log.error("%s: %s; free space there or mend the rights, and run the same again", error.filename or "a file", error.strerror or error)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        log.error("interrupted; what was registered before is safe")
+        return EXIT_INTERRUPTED
     except (RuntimeError, FloatingPointError) as error:
         log.error("%s", error, exc_info=_is_ours_to_fix(error))
         return EXIT_FAILED
@@ -55,23 +60,24 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _with_services(call: Callable[[], int]) -> int:
+def _lead_to_services() -> None:
     from vrt.services import load_environment
 
     os.environ.update(load_environment())
-    return call()
 
 
 def _train(args: argparse.Namespace) -> int:
     from vrt.stages.train import run_training
 
-    return _with_services(lambda: run_training(args.params))
+    _lead_to_services()
+    return run_training(args.params)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from vrt.stages.evaluate import run_evaluation
 
-    return _with_services(lambda: run_evaluation(args.params))
+    _lead_to_services()
+    return run_evaluation(args.params)
 
 
 def _init(args: argparse.Namespace) -> int:
@@ -85,7 +91,3 @@ def _demo(_args: argparse.Namespace) -> int:
     from vrt.stages.demo import run_demo
 
     return run_demo()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,5 +1,6 @@
 """When a running command has to stop early: it was told to, or whoever started it is gone."""
 
+import functools
 import os
 import signal
 import threading
@@ -7,9 +8,12 @@ from types import FrameType
 
 import psutil
 
+from vrt.observe import log
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 EXIT_CONTINUE_ME = 75
 """Stopped early with everything saved: start it again and it goes on (75 is EX_TEMPFAIL of sysexits.h)."""
 
@@ -40,6 +44,12 @@ def launchers_of(pid: int) -> Launchers:
     return chain
 
 
+@functools.cache
+def launchers() -> Launchers:
+    """The chain that launched this process, as it was at the first call: make that before anything slow, or one that dies meanwhile is missed."""
+    return launchers_of(os.getpid())
+
+
 def lost_launcher(chain: Launchers) -> int | None:
     """The first process of the chain that died, if one did."""
     for pid, parent in chain:
@@ -54,7 +64,7 @@ def lost_launcher(chain: Launchers) -> int | None:
 class StopRequest:
     """Says why to stop after the current step, or None. Use it as a context manager in the main thread.
 
-    SIGTERM and SIGUSR1 (preemption notices), the first Ctrl-C, and the death of a launcher set it. A second Ctrl-C interrupts at once.
+    SIGTERM and SIGUSR1 (preemption notices), the first Ctrl-C, and the death of a launcher set it. A second Ctrl-C interrupts the step.
     """
 
     def __init__(self) -> None:
@@ -65,8 +75,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._before[number] = signal.signal(number, self._on_signal)
-        chain = launchers_of(os.getpid())
-        threading.Thread(target=self._watch, args=(chain,), name="launcher watch", daemon=True).start()
+        launchers()
+        threading.Thread(target=self._watch, name="launcher watch", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,9 +89,11 @@ class StopRequest:
             raise KeyboardInterrupt
         self.reason = self.reason or f"received {signal.Signals(number).name}"
 
-    def _watch(self, chain: Launchers) -> None:
+    def _watch(self) -> None:
         while not self._left.wait(SECONDS_BETWEEN_LOOKS):
-            gone = lost_launcher(chain)
+            gone = None if self.reason else lost_launcher(launchers())
             if gone is not None:
-                self.reason = self.reason or f"process {gone}, which launched this one, is gone"
+                self.reason = f"process {gone}, which launched this one, is gone"
+            if self.reason:
+                log.warning("%s: what is at hand is finished and saved first", self.reason)
                 return

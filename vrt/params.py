@@ -142,7 +142,7 @@ class Train(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     """Decay of the averaged weights E; 0 keeps none."""
     threads: Positive
-    """CPU threads of the trainer. The same number gives the same bits on every machine."""
+    """CPU threads of the trainer. The same number gives the same bits on CPUs of the same kind."""
     log_every: Positive
     """Steps between two points of the loss curve."""
     validate_every: Positive

@@ -212,3 +212,21 @@ def test_metrics_that_are_refused_for_good_are_told_and_hold_up_no_checkpoint(pu
     publisher.publish(commit(folder, 2))
     assert publisher.finish(60) == ["metrics of steps 2 to 2: no such metric"]
     assert ("registered", 2, "s3://bucket/2") in recorder.arrived
+
+
+def test_a_lost_local_file_is_told_and_holds_up_no_later_checkpoint(publishing, folder, commit):
+    recorder = Recorder()
+    lost, sound = commit(folder, 2), commit(folder, 4)
+    (folder.path / lost.files[0].name).unlink()
+    publisher = publishing(recorder)
+    publisher.publish(lost)
+    publisher.publish(sound)
+    assert publisher.finish(60) == [f"step 2: {lost.files[0].name} is missing"]
+    assert [what[1] for what in recorder.arrived if what[0] == "registered"] == [4]
+
+
+def test_who_is_told_to_stop_does_not_wait_for_a_store_that_is_down(publishing, folder, commit, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_IN_A_HURRY", 0.1)
+    publisher = publishing(Recorder(*[StoreUnavailable("down")] * 100_000))
+    publisher.publish(commit(folder, 2))
+    assert publisher.finish(3600, hurry=lambda: True) == ["step 2: down"]

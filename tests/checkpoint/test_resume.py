@@ -205,3 +205,11 @@ def test_a_manifest_in_the_store_that_is_not_the_registered_one_is_refused(folde
     known[40] = dataclasses.replace(known[40], digest="0" * 64)
     with pytest.raises(CheckpointError, match=f"the manifest at {known[40].address} is not the one registered"):
         newest_healthy(folder, lineage, known, store, 100)
+
+
+def test_a_second_try_does_not_start_over_silently_either(folder, store, commit, lineage):
+    commit(folder, 20)
+    damage(folder.path / "20_G.pth")
+    for told in ("no healthy checkpoint among 1", "its only checkpoints are damaged, in .*/damaged; restore one, or remove that folder"):
+        with pytest.raises(CheckpointError, match=told):
+            newest_healthy(folder, lineage, {}, store, 100)

@@ -118,7 +118,7 @@ def validate(network: nn.Module) -> Validation:
 class Attempt:
     """One process of the training: its state, its folder, and what it sent."""
 
-    def __init__(self, params: Params, path: Path, state: TrainingState, first_to_stop: int | None = None):
+    def __init__(self, params: Params, path: Path, state: TrainingState, first_to_stop: int | None = None, validate=validate):
         self.folder, self.state, self.registered = CheckpointFolder(path), state, Registered()
         self.folder.prepare()
         steps = self.folder.steps()

@@ -110,3 +110,15 @@ def test_weights_that_are_no_numbers_are_not_saved(params, fresh, attempt, tmp_p
     with pytest.raises(FloatingPointError, match="step 3"):
         attempt(params, tmp_path / "parts", fresh(lambda: FailsAt(3, "gradient")))
     assert list((tmp_path / "parts").glob("*manifest*")) == []
+
+
+def test_steps_are_saved_when_their_validation_fails(params, fresh, attempt, tmp_path):
+    def out_of_memory(network):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        attempt(params, tmp_path / "parts", fresh(), validate=out_of_memory)
+    # Validation comes first at step 2; the next attempt begins with validating it.
+    resumed = attempt(params, tmp_path / "parts", fresh())
+    assert resumed.folder.steps() == [6, 3, 2]
+    assert [row["step"] for row in resumed.state.history.rows if "val/psnr" in row] == [2, 3, 4, 6]

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vrt.checkpoint.errors import CheckpointError, LockedError
-from vrt.lifecycle import launchers_of, lost_launcher
+from vrt.lifecycle import launchers, lost_launcher
 from vrt.observe import log
 
 # An orphaned trainer finishes its step, saves and publishes before it lets go.
@@ -33,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
         _acquire(file.fileno(), path)
         file.seek(0)
         file.truncate()
-        owner = {"pid": os.getpid(), "launchers": launchers_of(os.getpid()), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+        owner = {"pid": os.getpid(), "launchers": launchers(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
         json.dump(owner, file)
         file.flush()
         yield

@@ -5,7 +5,7 @@ Two threads, so that an outage of store or registry never keeps a snapshot from 
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,13 +14,15 @@ import torch
 
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
-from vrt.checkpoint.manifest import Manifest
+from vrt.checkpoint.manifest import Manifest, problems_of
 from vrt.checkpoint.snapshot import HostCopy
 from vrt.checkpoint.store import Store
 from vrt.observe import log
 
 SECONDS_BETWEEN_SENDS = 2.0
 LONGEST_PAUSE = 30.0
+# Fits into the grace period of a preemption.
+SECONDS_IN_A_HURRY = 20.0
 MOST_REFUSALS = 3
 
 
@@ -68,12 +70,19 @@ class Publisher:
         with self._changed:
             self._notes[key] = text
 
-    def finish(self, seconds: float) -> list[str]:
-        """Wait until all is registered and sent, `seconds` at most. Returns what is missing and why, in words."""
+    def finish(self, seconds: float, hurry: Callable[[], bool] = lambda: False) -> list[str]:
+        """Wait until all is registered and sent, `seconds` at most, and only SECONDS_IN_A_HURRY more once `hurry` says so.
+
+        Returns what is missing and why, in words.
+        """
         with self._changed:
             self._finishing = True
             self._changed.notify()
-        self._thread.join(seconds)
+        ends, hurried = time.monotonic() + seconds, False
+        while self._thread.is_alive() and time.monotonic() < ends:
+            self._thread.join(0.2)
+            if hurry() and not hurried:
+                hurried, ends = True, min(ends, time.monotonic() + SECONDS_IN_A_HURRY)
         with self._changed:
             missing = [*self._refused_rows, *(f"step {step}: {reason}" for step, reason in self._refused.items())]
             missing += [f"step {manifest.step}: {self._trouble or 'not published in time'}" for manifest in self._waiting]
@@ -136,6 +145,9 @@ class Publisher:
         started = time.monotonic()
         try:
             self._registry.check(manifest)
+            problems = problems_of(manifest, self._folder.path)
+            if problems:
+                raise CheckpointError("; ".join(problems))
             address = self._store.publish(manifest, self._folder.path)
             self._registry.register(manifest, address, self._folder.path)
         except CheckpointError as error:
@@ -162,7 +174,7 @@ class Saver:
         Returns once the state is copied; the training may change it then.
         """
         self.wait()
-        copied = {name: self._copy.of({name: tree})[name] for name, tree in tensors.items()}
+        copied = self._copy.of(dict(tensors))
         self._writing = self._executor.submit(self._commit, step, copied, dict(blobs), facts)
 
     def _commit(self, step: int, tensors: dict[str, Any], blobs: dict[str, bytes], facts: dict[str, Any]) -> None:

@@ -134,13 +134,13 @@ class MlflowRegistry:
             return steps
 
     def _versions(self, client) -> list:
-        found, token = [], None
-        while token is None or token:
-            page = client.search_model_versions(
-                f"name = '{self.lineage.model}' and run_id = '{self.run_id}'", max_results=200, page_token=token or None
-            )
+        # Not by run: a run can be deleted, or made twice, and its checkpoints are still there.
+        mine = f"name = '{self.lineage.model}' and tags.lineage = '{self.lineage.id}'"
+        page = client.search_model_versions(mine, max_results=200)
+        found = list(page)
+        while page.token:
+            page = client.search_model_versions(mine, max_results=200, page_token=page.token)
             found += page
-            token = page.token or ""
         # A version that someone made by hand may have any tags.
         return [version for version in found if "digest" in version.tags and version.tags.get("step", "").isdigit()]
 

@@ -54,6 +54,10 @@ def newest_healthy(folder: CheckpointFolder, lineage: str, registered: Mapping[i
             f"{lineage}: no healthy checkpoint among {len(rejected)}:\n  " + "\n  ".join(rejected) + "\n"
             f"restore one of them, or start over under another `name` in the params file; damaged local files are in {folder.path / 'damaged'}"
         )
+    damaged = folder.path / "damaged"
+    if damaged.exists():
+        # The run that set them aside refused too; a second try must not start over silently.
+        raise CheckpointError(f"{lineage}: its only checkpoints are damaged, in {damaged}; restore one, or remove that folder to start at step 1")
     return None
 
 

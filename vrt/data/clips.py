@@ -6,6 +6,7 @@
 D frames, H height, W width. A crop of some frames is read through a memory map, so only its pages are touched.
 """
 
+import fcntl
 import hashlib
 import io
 import json
@@ -187,8 +188,18 @@ class Writer:
 def writing(root: Path, dataset: str) -> Iterator[Writer]:
     """Write a data set and put it in the place of `root` at the end of the block, all of it or (after an error or a kill) nothing.
 
-    It grows in a hidden folder beside `root`; what a killed writer left there, the next one tidies up.
+    It grows in a hidden folder beside `root`; what a killed writer left there, the next one tidies up. One writer at a time: the
+    orphan of a killed `dvc repro` may still be at work when the next begins, which waits for it.
     """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with (root.parent / f".{root.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with _replacing(root, dataset) as writer:
+            yield writer
+
+
+@contextmanager
+def _replacing(root: Path, dataset: str) -> Iterator[Writer]:
     new, old = (root.parent / f".{root.name}.{state}" for state in ("new", "old"))
     if old.exists() and not root.exists():
         old.rename(root)  # killed between the two renames below

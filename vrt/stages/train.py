@@ -4,16 +4,14 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 
 import torch
 
-from vrt.checkpoint.errors import StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.lock import locked
 from vrt.checkpoint.manifest import manifest_name
@@ -24,7 +22,7 @@ from vrt.checkpoint.store import S3Store
 from vrt.data.clips import PreparedData
 from vrt.data.sampler import check_sampling, training_batches
 from vrt.evaluation.pictures import preview
-from vrt.evaluation.run import evaluate
+from vrt.evaluation.run import validate
 from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, StopRequest
 from vrt.observe import log
 from vrt.params import Params, fingerprint, flatten, load_params
@@ -33,9 +31,8 @@ from vrt.stages.reports import write_training_report
 from vrt.training.loop import TrainingState, Validation, train
 from vrt.training.session import EMA, NETWORK, SnapshotSink, build_state, restore
 
-# A finished training has time to wait for a store that is down; a preempted one has its grace period.
+# A finished training has time to wait for a store that is down; one that was told to stop has not (see `Publisher.finish`).
 SECONDS_TO_PUBLISH = 600.0
-SECONDS_TO_PUBLISH_WHEN_STOPPED = 20.0
 
 
 @dataclass
@@ -61,18 +58,18 @@ def run_training(params_path: Path) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lineage = lineage_of(params, data)
 
-    with StopRequest() as stop, locked(CHECKPOINTS):
+    with locked(CHECKPOINTS), StopRequest() as stop:
         with keeping(lineage, params, data) as keeper:
             state = build_state(params, device)
             resume(state, keeper, lineage, params)
             sink = SnapshotSink(keeper.saver, keeper.publisher, facts(lineage, keeper.registry))
-            batches = training_batches(data, params, state.step + 1, params.train.total_steps)
-            done = train(params, state, batches, sink, lambda network: validation(network, data, params), stop)
+            with closing(training_batches(data, params, state.step + 1, params.train.total_steps)) as batches:
+                done = train(params, state, batches, sink, lambda network: validation(network, data, params), stop)
             keeper.saver.wait()
             if keeper.saver.failure:
                 raise RuntimeError(f"the state after step {state.step} is not saved: {keeper.saver.failure}")
-        if not conclude(keeper, "FINISHED" if done else "KILLED", SECONDS_TO_PUBLISH if done else SECONDS_TO_PUBLISH_WHEN_STOPPED):
-            return EXIT_FAILED if done else EXIT_CONTINUE_ME
+        if not conclude(keeper, "FINISHED" if done else "KILLED", lambda: stop.reason is not None):
+            return EXIT_FAILED if stop.reason is None else EXIT_CONTINUE_ME
         if not done:
             return EXIT_CONTINUE_ME
         release(keeper.folder, state.step)
@@ -104,7 +101,7 @@ def keeping(lineage: Lineage, params: Params, data: PreparedData) -> Iterator[Ke
         try:
             keeper.saver.wait()
         finally:
-            conclude(keeper, "FAILED", SECONDS_TO_PUBLISH_WHEN_STOPPED)
+            conclude(keeper, "FAILED", lambda: True)
         raise
 
 
@@ -120,7 +117,10 @@ def resume(state: TrainingState, keeper: Keeper, lineage: Lineage, params: Param
     where = "registered" if manifest.step in registered else "local, about to be registered"
     log.info("%s, attempt %d: continuing after step %d of %d (%s)", lineage.id, keeper.registry.attempt, state.step, params.train.total_steps, where)
     for step in sorted(set(keeper.folder.steps()) - registered.keys()):
-        if step == manifest.step or not keeper.folder.problems(step, lineage.id):
+        problems = keeper.folder.problems(step, lineage.id)
+        if problems:
+            log.warning("checkpoint %d is not registered and can't be any more: %s", step, "; ".join(problems))
+        else:
             keeper.publisher.publish(keeper.folder.manifest(step))
     for row in state.history.rows:
         keeper.publisher.send(row)
@@ -137,23 +137,24 @@ def _say_what_changed(registry: MlflowRegistry, lineage: Lineage) -> None:
 
 def validation(network: torch.nn.Module, data: PreparedData, params: Params) -> Validation:
     """PSNR and SSIM on the validation clips, and a picture of one of them."""
-    evaluation = evaluate(network, data, params, "val")
+    evaluation = validate(network, data, params)
     picture = BytesIO()
     preview(*evaluation.preview_frames).save(picture, "PNG")
     scores = evaluation.metrics()
     return Validation({key: scores[key] for key in ("psnr", "ssim", "input_psnr")}, picture.getvalue())
 
 
-def conclude(keeper: Keeper, status: str, seconds: float) -> bool:
+def conclude(keeper: Keeper, status: str, hurry: Callable[[], bool]) -> bool:
     """Wait for everything to be registered, then set the run's status. False, with the reasons logged, where something is missing."""
-    missing = keeper.publisher.finish(seconds)
+    missing = keeper.publisher.finish(SECONDS_TO_PUBLISH, hurry)
     for reason in missing:
         log.error("not registered: %s", reason)
     if missing:
-        log.error("it is safe in %s; run the same command again to register it", keeper.folder.path)
+        log.error("what is committed is safe in %s; run the same command again to register what can be", keeper.folder.path)
     try:
         keeper.registry.close("FAILED" if missing and status == "FINISHED" else status)
-    except StoreUnavailable as error:
+    except Exception as error:
+        # Whatever MLflow says to it, the checkpoints are registered or listed above.
         log.error("the run's status could not be set: %s", error)
         return False
     return not missing
@@ -178,7 +179,6 @@ def facts(lineage: Lineage, registry: MlflowRegistry) -> dict:
         "attempt": str(registry.attempt),
         "code_version": code_version(),
         "host": platform.node(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return {"lineage": lineage.id, "identity": lineage.identity, "origin": origin}
 

@@ -85,7 +85,16 @@ def train(
                 rate = speed.at(step)
                 checkpoints.send(state.history.add(step, {"train/loss": loss.item(), "train/lr": lr}) | {"train/steps_per_s": rate})
                 shown = {"loss": f"{loss.item():.4f}", "lr": f"{lr:.2e}", "steps/s": f"{rate:.2f}"}
-            preview = validate_step(state, checkpoints, validate) if now.validate and not stopping else None
+            preview = None
+            if now.validate and not stopping:
+                try:
+                    preview = validate_step(state, checkpoints, validate)
+                except BaseException:
+                    # The steps are sound whatever validation ran into; the next attempt validates this one.
+                    checkpoints.save(state, None)
+                    raise
+                # A validation takes its time: who was told to stop meanwhile does not begin another step.
+                stopping = stop.reason is not None and step < plan.total_steps
             if now.save or stopping:
                 checkpoints.save(state, preview)
             if now.validate or now.save:

@@ -1,5 +1,6 @@
 """Set-up of a training: build its state, restore it from a checkpoint, and hand its snapshots to the saver."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ class SnapshotSink:
         if state.ema is not None:
             tensors[EMA] = state.ema.state_dict()
         blobs = {HISTORY: state.history.to_bytes()} | ({PREVIEW: preview} if preview else {})
-        self._saver.save(state.step, tensors, blobs, self._facts | {"metrics": state.history.newest()})
+        origin = self._facts["origin"] | {"created": datetime.now(UTC).isoformat(timespec="seconds")}
+        self._saver.save(state.step, tensors, blobs, self._facts | {"origin": origin, "metrics": state.history.newest()})
 
     def send(self, row: Row) -> None:
         self._publisher.send(row)
