@@ -54,7 +54,7 @@ def test_each_attempt_continues_the_run_of_its_lineage(opened, mlflow, named):
     assert (run.info.run_name, run.info.status, run.data.params) == (named.id, "RUNNING", {"seed": "1"})
     assert run.data.tags | {"vrt.attempts": "2", "vrt.host": "here", "vrt.lineage": named.id} == run.data.tags
     assert second.checkpoints_address == f"{run.info.artifact_uri}/checkpoints"
-    assert second.checkpoints_address.startswith("s3://mlflow/vrt/")
+    assert second.checkpoints_address.startswith("s3://mlflow/")
 
 
 def test_other_params_than_the_runs_do_not_stop_an_attempt(opened, mlflow):

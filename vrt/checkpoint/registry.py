@@ -16,7 +16,6 @@ from vrt.checkpoint.manifest import Manifest
 from vrt.checkpoint.resume import Registered
 
 EXPERIMENT = "vrt"
-BUCKET = "mlflow"
 PREVIEW = "_preview.png"
 LATEST_STEP = "latest-step"
 
@@ -58,6 +57,7 @@ class MlflowRegistry:
         self.run_id = ""
         self.checkpoints_address = ""
         self.attempt = 0
+        self._experiment_id = ""
         self._sent: dict[str, int] | None = None
 
     def open(self, params: dict[str, Any], tags: dict[str, str]) -> None:
@@ -66,8 +66,8 @@ class MlflowRegistry:
         Raises StoreUnavailable where MLflow does not answer: without it nobody knows the latest registered step.
         """
         with self._guarded() as client:
-            experiment = self._experiment(client)
-            run = self._find(client, experiment) or self._create_run(client, experiment, params)
+            self._experiment_id = self._experiment(client)
+            run = self._find(client) or self._create_run(client, params)
             self.run_id = run.info.run_id
             self.checkpoints_address = f"{run.info.artifact_uri}/checkpoints"
             self.attempt = int(run.data.tags.get("vrt.attempts", 0)) + 1
@@ -78,12 +78,13 @@ class MlflowRegistry:
     def attach(self) -> bool:
         """Find the run of the lineage, to read it or add to it, without starting an attempt. False: there is none."""
         with self._guarded() as client:
-            run = self._find(client, self._experiment(client))
+            self._experiment_id = self._experiment(client)
+            run = self._find(client)
             self.run_id = run.info.run_id if run else ""
         return bool(run)
 
-    def _find(self, client, experiment: str):
-        found = client.search_runs([experiment], filter_string=f"tags.`vrt.lineage` = '{self.lineage.id}'", max_results=1)
+    def _find(self, client):
+        found = client.search_runs([self._experiment_id], filter_string=f"tags.`vrt.lineage` = '{self.lineage.id}'", max_results=1)
         return found[0] if found else None
 
     def _experiment(self, client) -> str:
@@ -94,7 +95,7 @@ class MlflowRegistry:
             try:
                 # The kind makes MLflow open its pages for training, not those for language models.
                 kind = {"mlflow.experimentKind": "custom_model_development"}
-                return client.create_experiment(EXPERIMENT, artifact_location=f"s3://{BUCKET}/{EXPERIMENT}", tags=kind)
+                return client.create_experiment(EXPERIMENT, tags=kind)
             except MlflowException:
                 # Another trainer may have created it in between.
                 experiment = client.get_experiment_by_name(EXPERIMENT)
@@ -103,14 +104,14 @@ class MlflowRegistry:
         if not experiment.artifact_location.startswith("s3://"):
             raise CheckpointError(
                 f"MLflow experiment {EXPERIMENT!r} keeps its artifacts at {experiment.artifact_location}; expected an s3:// location: "
-                "checkpoints are published to S3. Delete or rename that experiment and start again"
+                "start the MLflow server with --default-artifact-root s3://BUCKET, and rename that experiment, which keeps its place for ever"
             )
         return experiment.experiment_id
 
-    def _create_run(self, client, experiment: str, params: dict[str, Any]):
+    def _create_run(self, client, params: dict[str, Any]):
         from mlflow.entities import Param
 
-        run = client.create_run(experiment, run_name=self.lineage.id, tags={"vrt.lineage": self.lineage.id, "vrt.name": self.lineage.name})
+        run = client.create_run(self._experiment_id, run_name=self.lineage.id, tags={"vrt.lineage": self.lineage.id, "vrt.name": self.lineage.name})
         # Values that change between attempts (total steps, intervals) keep their first value here; MLflow params are for ever.
         client.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in params.items()])
         return client.get_run(run.info.run_id)
@@ -119,7 +120,7 @@ class MlflowRegistry:
         """The latest other training of the same name, to tell what changed."""
         with self._guarded() as client:
             mine = f"tags.`vrt.name` = '{self.lineage.name}'"
-            for run in client.search_runs([self._experiment(client)], filter_string=mine, max_results=2):
+            for run in client.search_runs([self._experiment_id], filter_string=mine, max_results=2):
                 if run.data.tags["vrt.lineage"] != self.lineage.id:
                     return Sibling(run.data.tags["vrt.lineage"], run.data.params)
         return None
@@ -235,10 +236,8 @@ class MlflowRegistry:
 
     @property
     def page(self) -> str:
-        """The address where people browse the run."""
-        with self._guarded() as client:
-            run = client.get_run(self.run_id)
-        return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{self.run_id}"
+        """The address where people browse the run; known without asking, so that an outage can't spoil the end of a training."""
+        return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
 
     @contextmanager
     def _guarded(self) -> Iterator:
