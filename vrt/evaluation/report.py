@@ -23,10 +23,10 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     comparison.png   the worst square of every clip: input, restored, truth
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "metrics.json", json.dumps(_rounded(evaluation.means), indent=2, allow_nan=False).encode() + b"\n")
-    _write(folder / "clips.csv", _clips_csv(evaluation).encode())
+    write_file(folder / "metrics.json", json.dumps(_rounded(evaluation.means), indent=2, allow_nan=False).encode() + b"\n")
+    write_file(folder / "clips.csv", _clips_csv(evaluation).encode())
     worst = comparison([(_title(row), row.worst_crops) for row in evaluation.rows])
-    _write(folder / "comparison.png", png(worst))
+    write_file(folder / "comparison.png", png(worst))
 
 
 def summary_table(evaluation: Evaluation) -> Table:
@@ -76,7 +76,7 @@ def _title(row: ClipResult) -> str:
     return f"{row.name}  frame {row.worst.frame}, x {row.worst.left}, y {row.worst.top}"
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Write under a temporary name, then rename: who reads `path` finds the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -47,7 +47,7 @@ def summary(lineage: Lineage, registered: int, seconds: float) -> Table:
     """The demo's closing table, from the reports that the stages wrote."""
     training = json.loads((REPORTS / "training.json").read_text())
     scores = json.loads((REPORTS / "evaluation" / "metrics.json").read_text())
-    table = Table(title=f"{lineage.id}", show_header=False)
+    table = Table(title=lineage.id, show_header=False)
     table.add_row("steps trained", str(training["step"]))
     table.add_row("checkpoints registered", str(registered))
     table.add_row("test clips, input", f"{scores['input_psnr']:.2f} dB PSNR, {scores['input_ssim']:.3f} SSIM")

@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from vrt.checkpoint.resume import newest_healthy
 from vrt.checkpoint.store import S3Store
 from vrt.data.clips import PreparedData
 from vrt.data.sampler import check_sampling, training_batches
-from vrt.evaluation.pictures import preview
+from vrt.evaluation.pictures import png, preview
 from vrt.evaluation.run import validate
 from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, StopRequest
 from vrt.observe import log
@@ -138,10 +137,8 @@ def _say_what_changed(registry: MlflowRegistry, lineage: Lineage) -> None:
 def validation(network: torch.nn.Module, data: PreparedData, params: Params) -> Validation:
     """PSNR and SSIM on the validation clips, and a picture of one of them."""
     evaluation = validate(network, data, params)
-    picture = BytesIO()
-    preview(*evaluation.preview_frames).save(picture, "PNG")
     scores = evaluation.metrics()
-    return Validation({key: scores[key] for key in ("psnr", "ssim", "input_psnr")}, picture.getvalue())
+    return Validation({key: scores[key] for key in ("psnr", "ssim", "input_psnr")}, png(preview(*evaluation.preview_frames)))
 
 
 def conclude(keeper: Keeper, status: str, hurry: Callable[[], bool]) -> bool:
