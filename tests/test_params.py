@@ -49,10 +49,13 @@ train:
   frames: 6
   crop: 64
   ema_decay: 0.98
+  deterministic: false
+  activation_checkpointing: false
   threads: 2
   log_every: 1
   validate_every: 40
   checkpoint_every: 40
+checkpoints: {resume: auto, keep_last: 3, keep_every: 0, keep_best: 1, most_failed_saves: 0}
 evaluate: {tile: [6, 96, 96], overlap: [2, 16, 16]}
 """
 
@@ -207,12 +210,17 @@ def test_a_folder_is_no_params_file(tmp_path: Path):
 
 # What may change while a training goes on. It is spelled out here again on purpose: a new knob has to be put on one side.
 FREE = {
-    *("name", "data.workers", "train.total_steps", "train.threads", "train.log_every", "train.validate_every", "train.checkpoint_every"),
+    *("name", "data.workers", "train.total_steps", "train.deterministic", "train.activation_checkpointing", "train.threads"),
+    *("train.log_every", "train.validate_every", "train.checkpoint_every"),
+    *("checkpoints.resume", "checkpoints.keep_last", "checkpoints.keep_every", "checkpoints.keep_best", "checkpoints.most_failed_saves"),
     *("evaluate.tile", "evaluate.overlap"),
 }
 # A second legal value for each knob, where adding 1 to a number does not make one.
 OTHERS = {
     "name": "another",
+    "train.deterministic": True,
+    "train.activation_checkpointing": True,
+    "checkpoints.resume": "must",
     "degradation.sigma_min": 29,
     "data.dataset": "another",
     "network.depths": [3, 2, 2, 2, 2, 2, 2, 1, 1],

@@ -15,6 +15,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 Positive = Annotated[int, Field(gt=0)]
+FREE = {
+    *("name", "data.workers", "train.total_steps", "train.deterministic", "train.activation_checkpointing", "train.threads"),
+    *("train.log_every", "train.validate_every", "train.checkpoint_every"),
+}
+"""What may change under a training without making it another one, beside the sections `checkpoints` and `evaluate`."""
 SIDE = 8
 """The network halves its input three times: sides are multiples of this."""
 NotNegative = Annotated[int, Field(ge=0)]
@@ -141,6 +146,10 @@ class Train(Section):
     """Side of the ground-truth crop in pixels."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     """Decay of the averaged weights E; 0 keeps none."""
+    deterministic: bool
+    """Refuse operators whose result varies from run to run. On CPUs every step is bit-identical without it; on CUDA it costs speed."""
+    activation_checkpointing: bool
+    """Keep only each block's input and compute the rest again for its gradient: less memory, more time, the same result."""
     threads: Positive
     """CPU threads of the trainer. The same number gives the same bits on CPUs of the same kind."""
     log_every: Positive
@@ -149,6 +158,22 @@ class Train(Section):
     """Steps between two validations (and previews)."""
     checkpoint_every: Positive
     """Steps between two checkpoints; the last step is always saved."""
+
+
+class Checkpoints(Section):
+    """What a training continues from, what is kept of it, and what happens where it can't be saved."""
+
+    resume: Annotated[str, Field(pattern=r"^(auto|must|never|\d+|fork [A-Za-z0-9][A-Za-z0-9._-]*@\d+)$")]
+    """auto (the newest healthy checkpoint, else step 1), must (never start at step 1), never (only start at step 1),
+    a step to go back to, or `fork LINEAGE@STEP`: start a lineage of its own from a checkpoint of another."""
+    keep_last: Positive
+    """The newest registered checkpoints that are kept."""
+    keep_every: NotNegative
+    """Checkpoints whose step is a multiple of this are kept for ever; 0: none."""
+    keep_best: NotNegative
+    """Checkpoints with the highest validation PSNR that are kept."""
+    most_failed_saves: NotNegative
+    """Saves that may fail one after another before the training stops; 0: it goes on however many do."""
 
 
 class Evaluate(Section):
@@ -173,6 +198,7 @@ class Params(Section):
     network: Network
     optimizer: Optimizer
     train: Train
+    checkpoints: Checkpoints
     evaluate: Evaluate
 
     @model_validator(mode="after")
@@ -192,11 +218,10 @@ class Params(Section):
     def identity(self) -> dict[str, Any]:
         """What must not change under a lineage, as {dotted key: value}: changing any of it starts another training.
 
-        Not in it: how long to train, and how often to log, validate and save, with how many workers and threads.
+        Not in it (FREE): how long to train, how often to log, validate and save, with how many workers and threads, and what is kept.
         """
-        free = {"name", "data.workers", "train.total_steps", "train.threads", "train.log_every", "train.validate_every", "train.checkpoint_every"}
         flat = flatten(self.model_dump(mode="json"))
-        return {key: value for key, value in flat.items() if key not in free and not key.startswith("evaluate.")}
+        return {key: value for key, value in flat.items() if key not in FREE and not key.startswith(("evaluate.", "checkpoints."))}
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
