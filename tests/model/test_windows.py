@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vrt.model.windows import fit_window, merge, partition, relative_position_index, shift_regions, sine_encoding
+from vrt.model.windows import fit_window, merge, partition, relative_position_index, separate, sine_encoding
 
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
 
@@ -32,15 +32,22 @@ def test_windows_shrink_to_the_map_and_are_then_not_shifted_but_keep_two_frames_
     assert fit_window((1, 8, 9), (2, 8, 8), (1, 4, 4), least_depth=2) == ((2, 8, 8), (0, 0, 4))
 
 
-def test_only_tokens_that_were_neighbours_before_the_shift_share_a_region() -> None:
-    regions = shift_regions((2, 6, 6), (2, 3, 3), (0, 1, 1), torch.device("cpu"))
+def test_only_tokens_that_were_neighbours_before_the_shift_see_one_another() -> None:
+    separation = separate((2, 6, 6), (2, 3, 3), (0, 1, 1), torch.device("cpu"))
     x = torch.arange(36.0).view(1, 1, 6, 6, 1).expand(1, 2, 6, 6, 1).contiguous()
     tokens, _ = partition(x, (2, 3, 3), (0, 1, 1))
-    for window, labels in zip(tokens.squeeze(2), regions):
-        for label in labels.unique():
-            rows, columns = window[labels == label] // 6, window[labels == label] % 6
-            assert rows.max() - rows.min() < 3 and columns.max() - columns.min() < 3
-    assert [labels.unique().numel() for labels in regions] == [1, 2, 2, 4]
+    scores = separation.scores(slice(None), windows=4, tokens=18)
+    for window, apart in zip(tokens.squeeze(2), scores.squeeze(1)):
+        far = ((window[:, None] // 6 - window // 6).abs() >= 3) | ((window[:, None] % 6 - window % 6).abs() >= 3)
+        assert torch.equal(apart, far * -100.0)
+    assert [int((apart == 0).sum()) for apart in scores] == [18**2, 180, 180, 100]
+
+
+def test_windows_that_the_shift_leaves_whole_need_no_mask() -> None:
+    separation = separate((2, 9, 9), (2, 3, 3), (0, 1, 1), torch.device("cpu"))
+    assert separation.scores(slice(0, 2), windows=9, tokens=18) is None
+    # The second clip's windows are those of the first again.
+    assert torch.equal(separation.scores(slice(11, 12), windows=18, tokens=18), separation.scores(slice(2, 3), windows=18, tokens=18))
 
 
 @pytest.mark.parametrize("window", [(2, 8, 8), (6, 8, 8), (8, 8, 8), (4, 8, 8), (1, 8, 8), (2, 4, 4), (6, 4, 4)])

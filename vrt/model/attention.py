@@ -3,69 +3,83 @@
 Axes: B clips, M windows of a map, N tokens of a window in the order (d, h, w), C channels, A heads, E channels of a head.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from vrt.model.windows import Size, relative_position_index, shrunk_sine_encoding, sine_encoding
+from vrt.model.linear import Linear, runs_eagerly_on_cpu
+from vrt.model.recompute import in_parts
+from vrt.model.windows import Separation, Size, relative_position_index, shrunk_sine_encoding, sine_encoding
 
-SEPARATION = -100.0
-"""Added to the score of two tokens that must not see one another, as in the published network."""
-CHUNK_CPU = 2**20
-"""Scores computed at once; on a CPU they then stay in its cache, which makes the backward pass half as long."""
-CHUNK_GPU = 2**27
+CACHED_SCORES = 2**21
+"""Scores computed at once on a CPU, so that they stay in its cache."""
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention inside windows, with relative position bias; with `mutual`, also between the two frames of the window."""
+    """Multi-head attention inside windows, with relative position bias; with `mutual`, also between the two frames of the window.
 
-    def __init__(self, dim: int, window: Size, heads: int, qkv_bias: bool, mutual: bool) -> None:
+    On CPUs a training keeps no attention weights: each group of windows that fits the cache is computed again for its gradient. `keep` does
+    without that, where the whole block is computed again anyway.
+    """
+
+    def __init__(self, dim: int, window: Size, heads: int, qkv_bias: bool, mutual: bool, keep: bool = False) -> None:
         super().__init__()
-        self.heads, self.window, self.mutual = heads, window, mutual
+        self.heads, self.window, self.mutual, self.keep = heads, window, mutual, keep
         d, h, w = window
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * d - 1) * (2 * h - 1) * (2 * w - 1), heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", relative_position_index(window))
         if mutual:
             self.register_buffer("position_bias", sine_encoding(h, w, dim))
-        self.qkv_self = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(2 * dim if mutual else dim, dim)
+        self.qkv_self = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(2 * dim if mutual else dim, dim)
         if mutual:
-            self.qkv_mut = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+            self.qkv_mut = Linear(dim, 3 * dim, bias=qkv_bias)
 
-    def forward(self, x: Tensor, window: Size, regions: Tensor | None) -> Tensor:
-        """x: (B * M, N, C), tokens of windows of size `window`; regions: (M, N), as `shift_regions` gives them, or None where nothing was shifted.
+    def forward(self, x: Tensor, window: Size, separation: Separation | None) -> Tensor:
+        """x: (B * M, N, C), tokens of windows of size `window`, with the separation of shifted windows, or None where nothing was shifted.
 
         Returns (B * M, N, C).
         """
-        attended = self._attend_self(x, regions)
-        if self.mutual:
-            attended = torch.cat((self._attend_mutually(x, window, regions), attended), dim=2)
-        return self.proj(attended)
+        windows, tokens, _ = x.shape
+        encoding = self._encoding(window) if self.mutual else None
 
-    def _attend_self(self, x: Tensor, regions: Tensor | None) -> Tensor:
+        def attend(part: slice, x: Tensor, bias: Tensor) -> Tensor:
+            apart = None if separation is None else separation.scores(part, windows, tokens)
+            attended = self._attend_self(x, bias, apart)
+            if encoding is not None:
+                attended = torch.cat((self._attend_mutually(x, encoding, apart), attended), dim=2)
+            return self.proj(attended)
+
+        bias = self._position_bias(tokens)
+        if not runs_eagerly_on_cpu(x):
+            return attend(slice(None), x, bias)
+        layers = (self.qkv_self, self.qkv_mut, self.proj) if self.mutual else (self.qkv_self, self.proj)
+        size = max(CACHED_SCORES // (self.heads * tokens**2), 1)
+        return in_parts(attend, size, (x,), [parameter for layer in layers for parameter in layer.parameters()], (bias,), self.keep)
+
+    def _attend_self(self, x: Tensor, bias: Tensor, apart: Tensor | None) -> Tensor:
         q, k, v = self._heads(self.qkv_self(x))
-        return BiasedAttention.apply(q, k, v, self._position_bias(x.shape[1]).to(q.dtype), regions).transpose(1, 2).flatten(2)
+        return attention(q, k, v, bias, apart).transpose(1, 2).flatten(2)
 
-    def _attend_mutually(self, x: Tensor, window: Size, regions: Tensor | None) -> Tensor:
+    def _attend_mutually(self, x: Tensor, encoding: Tensor, apart: Tensor | None) -> Tensor:
         """Tokens of the first frame see where the second frame has them, and the reverse."""
         m, n, channels = x.shape
-        encoding = self.position_bias
-        if window[1:] != self.window[1:]:
-            encoding = shrunk_sine_encoding(*window[1:], channels, encoding.dtype, encoding.device)
         pairs = (x.view(m, 2, n // 2, channels) + encoding.unsqueeze(1)).flatten(0, 1)
         q, k, v = self._heads(self.qkv_mut(pairs))
         # The queries of the other frame of the pair; the result takes the place of the frame that gave keys and values.
         q = q.unflatten(0, (m, 2)).flip(1).flatten(0, 1)
-        mask = None
-        if regions is not None:
-            # Both frames are cut alike, so the first one's regions serve for both, as in the published network.
-            frames = regions[:, : n // 2].repeat_interleave(2, dim=0)
-            mask = _separate(frames, q.dtype).repeat(m // regions.shape[0], 1, 1, 1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(m, n, channels)
+        if apart is not None:
+            # Both frames are cut alike, so the first one's mask serves for both, as in the published network.
+            apart = apart[:, :, : n // 2, : n // 2].repeat_interleave(2, dim=0)
+        return attention(q, k, v, None, apart).transpose(1, 2).reshape(m, n, channels)
+
+    def _encoding(self, window: Size) -> Tensor:
+        """(1, h * w, C): where a token is in its frame of the window."""
+        if window[1:] == self.window[1:]:
+            return self.position_bias
+        return shrunk_sine_encoding(*window[1:], self.position_bias.shape[-1], self.position_bias.dtype, self.position_bias.device)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(M, N, 3C) -> three of (M, A, N, E)."""
@@ -77,67 +91,48 @@ class WindowAttention(nn.Module):
         return self.relative_position_bias_table.t().index_select(1, index).view(self.heads, tokens, tokens)
 
 
-class BiasedAttention(torch.autograd.Function):
-    """Scaled dot-product attention with a bias that is trained, without ever holding the scores of all windows.
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, apart: Tensor | None) -> Tensor:
+    """softmax(q k / sqrt(E) + bias + apart) v, by PyTorch's fused kernels where they win.
 
-    PyTorch's fused kernels give no gradient to the bias on CPUs: they fall back to holding all scores, A * N * N per window. Here the
-    forward pass keeps only its inputs and output, and the backward pass computes the scores again, as many windows at a time as fit the cache.
+    q, k, v: (M, A, N, E); bias: (A, N, N) or None; apart: (M, 1, N, N) or None. Returns (M, A, N, E).
+    """
+    if torch.is_grad_enabled() and runs_eagerly_on_cpu(q):
+        return KeptAttention.apply(q, k, v, bias, apart)
+    # A bias that says it wants a gradient, as a view made before autograd was turned off may, would be refused by the fused kernels.
+    if not torch.is_grad_enabled() and bias is not None:
+        bias = bias.detach()
+    added = [term.to(q.dtype) for term in (bias, apart) if term is not None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sum(added[1:], added[0]).expand(q.shape[0], -1, -1, -1) if added else None)
+
+
+class KeptAttention(torch.autograd.Function):
+    """Attention that keeps its weights for the backward pass: for as few windows at once as fit a CPU's cache.
+
+    PyTorch's fused kernels give no gradient to the bias on CPUs, and its plain products are slow for the few channels of a head.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, regions: Tensor | None) -> Tensor:
-        """q, k, v: (B * M, A, N, E); bias: (A, N, N); regions: (M, N) or None. Returns (B * M, A, N, E)."""
-        # Autograd is off in here, but a bias that says it wants a gradient would still be refused by the fused kernels.
-        fixed = bias.detach()
-        if regions is None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=fixed.unsqueeze(0))
-        else:
-            # Tokens before heads in memory, as the projection that follows reads them.
-            out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-            for part in _chunks(q):
-                out[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=_masked(fixed, regions, part))
-        ctx.save_for_backward(q, k, v, bias, regions, out)
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, apart: Tensor | None) -> Tensor:
+        ctx.scale = q.shape[-1] ** -0.5
+        scaled, k, v = q * ctx.scale, k.contiguous(), v.contiguous()
+        scores = scaled @ k.mT
+        for term in (bias, apart):
+            if term is not None:
+                scores += term
+        weights = scores.softmax(3)
+        out = (v.mT @ weights.mT).mT
+        ctx.save_for_backward(scaled, k, v, weights, out)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        q, k, v, bias, regions, out = ctx.saved_tensors
-        scale = q.shape[-1] ** -0.5
-        # One tensor in the order of the linear layer's output (tokens, qkv, heads), so that its own backward pass needs no copy.
-        m, heads, n, channels = q.shape
-        d_q, d_k, d_v = q.new_empty(m, n, 3, heads, channels).permute(2, 0, 3, 1, 4).unbind(0)
-        d_bias = torch.zeros_like(bias)
-        for part in _chunks(q):
-            scaled, d_out = q[part] * scale, grad[part]
-            weights = (scaled @ k[part].mT).add_(_masked(bias, regions, part)).softmax(3)
-            # The gradient of a softmax is w * (d - sum(w * d)), and sum(w * d) over the keys equals sum(out * d_out) over the channels.
-            d_scores = (d_out @ v[part].mT).sub_((out[part] * d_out).sum(3, keepdim=True)).mul_(weights)
-            d_bias += d_scores.sum(0)
-            # A head has few channels: as rows, not columns, of the left matrix these products take a third of the time on CPUs.
-            d_q[part] = (k[part].mT @ d_scores.mT).mul_(scale).mT
-            d_k[part] = (scaled.mT @ d_scores).mT
-            d_v[part] = (d_out.mT @ weights).mT
-        return d_q, d_k, d_v, d_bias, None
-
-
-def _chunks(q: Tensor) -> Iterator[slice]:
-    """Slices of the windows of q, (B * M, A, N, E), whose scores are computed at once."""
-    windows, heads, tokens, _ = q.shape
-    size = max((CHUNK_CPU if q.device.type == "cpu" else CHUNK_GPU) // (heads * tokens**2), 1)
-    return (slice(start, min(start + size, windows)) for start in range(0, windows, size))
-
-
-def _masked(bias: Tensor, regions: Tensor | None, part: slice) -> Tensor:
-    """(1 or windows in part, A, N, N): the bias, and the separation of shifted windows."""
-    if regions is None:
-        return bias.unsqueeze(0)
-    # The windows of all clips follow one another and share their regions.
-    own = torch.arange(part.start, part.stop, device=bias.device) % regions.shape[0]
-    return bias + _separate(regions[own], bias.dtype)
-
-
-def _separate(regions: Tensor, dtype: torch.dtype) -> Tensor:
-    """(M, N) -> (M, 1, N, N): SEPARATION between tokens of different regions, else 0."""
-    differ = regions.unsqueeze(1) != regions.unsqueeze(2)
-    return torch.zeros(differ.shape, dtype=dtype, device=regions.device).masked_fill_(differ, SEPARATION).unsqueeze(1)
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+        scaled, k, v, weights, out = ctx.saved_tensors
+        grad = grad.contiguous()
+        # The gradient of a softmax is w * (d - sum(w * d)), and sum(w * d) over the keys equals sum(out * d_out) over the channels.
+        d_scores = (grad @ v.mT).sub_((out * grad).sum(3, keepdim=True)).mul_(weights)
+        # A head has few channels: as rows, not columns, of the left matrix these products take a third of the time on CPUs.
+        d_q = (k.mT @ d_scores.mT).mul_(ctx.scale).mT
+        d_k = (scaled.mT @ d_scores).mT
+        d_v = (grad.mT @ weights).mT
+        return d_q, d_k, d_v, d_scores.sum(0) if ctx.needs_input_grad[3] else None, None

@@ -5,12 +5,17 @@ Axes: B clips, D frames, H height, W width, C channels.
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vrt.model.attention import WindowAttention
-from vrt.model.windows import Size, fit_window, merge, partition, shift_regions
+from vrt.model.linear import Linear, runs_eagerly_on_cpu
+from vrt.model.windows import Size, fit_window, merge, partition, separate
+
+CACHED_ROWS = 4096
+"""Tokens whose hidden values fit a CPU's cache."""
 
 
 class GatedMlp(nn.Module):
@@ -18,11 +23,16 @@ class GatedMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, out: int) -> None:
         super().__init__()
-        self.fc11 = nn.Linear(dim, hidden)
-        self.fc12 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, out)
+        self.fc11 = Linear(dim, hidden)
+        self.fc12 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not runs_eagerly_on_cpu(x):
+            return self._gate(x)
+        return torch.cat([self._gate(rows) for rows in x.flatten(0, -2).split(CACHED_ROWS)]).unflatten(0, x.shape[:-1])
+
+    def _gate(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc11(x)) * self.fc12(x))
 
 
@@ -32,11 +42,22 @@ class Block(nn.Module):
     (B, D, H, W, C) -> (B, D, H, W, C).
     """
 
-    def __init__(self, dim: int, window: Size, shift: Size, heads: int, mlp_ratio: float, qkv_bias: bool, mutual: bool, drop_path: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        window: Size,
+        shift: Size,
+        heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        mutual: bool,
+        drop_path: float,
+        keep: bool = False,
+    ) -> None:
         super().__init__()
         self.window, self.shift, self.mutual, self.drop_path = window, shift, mutual, drop_path
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, window, heads, qkv_bias, mutual)
+        self.attn = WindowAttention(dim, window, heads, qkv_bias, mutual, keep)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = GatedMlp(dim, int(dim * mlp_ratio), dim)
 
@@ -48,8 +69,8 @@ class Block(nn.Module):
         size = tuple(x.shape[1:4])
         window, shift = fit_window(size, self.window, self.shift, least_depth=2 if self.mutual else 1)
         tokens, padded = partition(x, window, shift)
-        regions = shift_regions(padded, window, shift, x.device) if any(shift) else None
-        return merge(self.attn(tokens, window, regions), padded, size, window, shift)
+        separation = separate(padded, window, shift, x.device) if any(shift) else None
+        return merge(self.attn(tokens, window, separation), padded, size, window, shift)
 
     def _drop(self, branch: Tensor) -> Tensor:
         """Stochastic depth (Huang et al., arXiv 1603.09382), drawn from the default generator of the branch's device."""
@@ -77,7 +98,10 @@ class BlockGroup(nn.Module):
         self.use_checkpoint = use_checkpoint
         half = tuple(w // 2 for w in window)
         self.blocks = nn.ModuleList(
-            [Block(dim, window, half if i % 2 else (0, 0, 0), heads, mlp_ratio, qkv_bias, mutual, rate) for i, rate in enumerate(drop_path)]
+            [
+                Block(dim, window, half if i % 2 else (0, 0, 0), heads, mlp_ratio, qkv_bias, mutual, rate, use_checkpoint)
+                for i, rate in enumerate(drop_path)
+            ]
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vrt.model.linear import runs_eagerly_on_cpu
+from vrt.model.recompute import in_parts
 from vrt.model.warp import back_in_time, both_ways, pad_frames, pixel_axes, sample, warp
 
 
@@ -78,16 +80,23 @@ class ParallelAlignment(nn.Module):
         neighbours = torch.stack(ahead, dim=2).view(n, self.reach, channels, height, width)
         current = clips[:, :-1].reshape(n, channels, height, width)
         flows = flows.reshape(n, self.reach, 2, height, width)
-        offset, mask = self._offsets(neighbours, current, flows)
-        aligned = deform_conv2d(neighbours.flatten(1, 2), offset, mask, self.weight, self.bias, groups=self.reach)
+        guess = self._guess(neighbours, current, flows)
+        if runs_eagerly_on_cpu(x):
+            # Nine values per pixel and channel lie between input and output: frame by frame they stay in the cache.
+            aligned = in_parts(self._align, 1, (neighbours, guess, flows), (self.weight, self.bias))
+        else:
+            aligned = self._align(slice(None), neighbours, guess, flows)
         from_right, from_left = back_in_time(pad_frames(aligned.view(batch, depth - 1, channels, height, width), depth))
         return from_right.permute(0, 1, 3, 4, 2), from_left.permute(0, 1, 3, 4, 2)
 
-    def _offsets(self, neighbours: Tensor, current: Tensor, flows: Tensor) -> tuple[Tensor, Tensor]:
-        """neighbours (N, R, C, H, W), current (N, C, H, W), flows (N, R, 2, H, W) -> offset (N, 2GK, H, W) and mask (N, GK, H, W)."""
+    def _guess(self, neighbours: Tensor, current: Tensor, flows: Tensor) -> Tensor:
+        """neighbours (N, R, C, H, W), current (N, C, H, W), flows (N, R, 2, H, W) -> what offsets and masks are made of, (N, 3GK, H, W)."""
         warped = warp(neighbours.flatten(0, 1), flows.flatten(0, 1)).view(current.shape[0], -1, *current.shape[2:])
-        guess = self.conv_offset(torch.cat((warped, current, flows.flatten(1, 2).to(current.dtype)), dim=1)).to(flows.dtype)
+        return self.conv_offset(torch.cat((warped, current, flows.flatten(1, 2).to(current.dtype)), dim=1)).to(flows.dtype)
+
+    def _align(self, _: slice, neighbours: Tensor, guess: Tensor, flows: Tensor) -> Tensor:
+        """neighbours (N, R, C, H, W), guess (N, 3GK, H, W), flows (N, R, 2, H, W) -> (N, C, H, W)."""
         residual, mask = guess.split((guess.shape[1] // 3 * 2, guess.shape[1] // 3), dim=1)
         residual = residual.view(*flows.shape[:2], -1, *flows.shape[2:])
         offset = self.max_offset * residual.tanh() + flows.flip(2).unsqueeze(2)
-        return offset.flatten(1, 3), mask.sigmoid()
+        return deform_conv2d(neighbours.flatten(1, 2), offset.flatten(1, 3), mask.sigmoid(), self.weight, self.bias, groups=self.reach)

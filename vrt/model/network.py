@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vrt.model.deformable import ParallelAlignment
 from vrt.model.head import FrameConv, UpsampleBy4
+from vrt.model.linear import Linear
 from vrt.model.spynet import SpyNet
 from vrt.model.stage import ReconstructionGroup, Reshape, Stage, depth_to_space, space_to_depth, unchanged
 from vrt.model.warp import back_in_time, both_ways, extend_reach, gather_nearest4, pad_frames
@@ -75,7 +76,7 @@ class VRT(nn.Module):
             own_window = (1, *window[1:]) if i in indep_reconsts else window
             self.stage8.append(ReconstructionGroup(embed_dims[i], num_heads[i], own_window, rates[i].tolist(), **shared))
         self.norm = nn.LayerNorm(embed_dims[-1])
-        self.conv_after_body = nn.Linear(embed_dims[-1], embed_dims[0])
+        self.conv_after_body = Linear(embed_dims[-1], embed_dims[0])
         self._add_head(embed_dims[0])
         self.apply(_reset_linear)
 

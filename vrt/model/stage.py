@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vrt.model.block import BlockGroup, GatedMlp
 from vrt.model.deformable import ParallelAlignment
+from vrt.model.linear import Linear
 from vrt.model.windows import Size
 
 
@@ -39,7 +40,7 @@ class Reshape(nn.Sequential):
         # The names leave 0 to the rearrangement, which has no weights: the published keys count it.
         layers: list[tuple[str, nn.Module]] = [("1", nn.LayerNorm(rearranged_dim))]
         if dim is not None:
-            layers.append(("2", nn.Linear(rearranged_dim, dim)))
+            layers.append(("2", Linear(rearranged_dim, dim)))
         super().__init__(OrderedDict(layers))
         self.rearrange = rearrange
 
@@ -72,11 +73,11 @@ class Stage(nn.Module):
         shared = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "use_checkpoint": use_checkpoint}
         self.reshape = reshape
         self.residual_group1 = BlockGroup(dim, (2, *window[1:]), heads, mutual=True, drop_path=drop_path[:mutual_blocks], **shared)
-        self.linear1 = nn.Linear(dim, dim)
+        self.linear1 = Linear(dim, dim)
         # The second group starts at the stage's first rate again, as the published network does.
         rest = drop_path[: len(drop_path) - mutual_blocks]
         self.residual_group2 = BlockGroup(dim, window, heads, mutual=False, drop_path=rest, **shared)
-        self.linear2 = nn.Linear(dim, dim)
+        self.linear2 = Linear(dim, dim)
         if alignment is not None:
             self.pa_deform = alignment
             self.pa_fuse = GatedMlp(3 * dim, 3 * dim, dim)
@@ -109,7 +110,7 @@ class ReconstructionGroup(nn.Module):
     ) -> None:
         super().__init__()
         self.residual_group = BlockGroup(dim, window, heads, mlp_ratio, qkv_bias, False, drop_path, use_checkpoint)
-        self.linear = nn.Linear(dim, dim)
+        self.linear = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.linear(self.residual_group(x))

@@ -4,6 +4,7 @@ Axes: B clips, D frames, H height, W width, C channels; M windows of a map; N to
 Sizes, windows and shifts are (frames, height, width).
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -48,20 +49,43 @@ def merge(windows: Tensor, padded: Size, size: Size, window: Size, shift: Size) 
     return x[:, : size[0], : size[1], : size[2]] if padded != size else x
 
 
+SEPARATION = -100.0
+"""Added to the score of two tokens that must not see one another, as in the published network."""
+
+
+@dataclass(frozen=True)
+class Separation:
+    """Which tokens of shifted windows must not see one another: those that the cyclic shift brought together from opposite ends of the map."""
+
+    masks: Tensor
+    """(P, N, N), 0 or SEPARATION. The few patterns that occur, with N^2 values each, instead of one per window. The first is all 0."""
+    pattern: Tensor
+    """(M), int64: the pattern of each window of a map."""
+
+    def scores(self, part: slice, windows: int, tokens: int) -> Tensor | None:
+        """(windows in part, 1, N, N): what to add to the scores of the first `tokens` tokens of the windows in `part`, of `windows` in all
+        (M per clip); None where it would be nothing.
+        """
+        own = self.pattern[torch.arange(*part.indices(windows), device=self.pattern.device) % len(self.pattern)]
+        if own.device.type == "cpu" and not torch.compiler.is_compiling() and not own.any():
+            return None
+        return self.masks[own, :tokens, :tokens].unsqueeze(1)
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # or a training after a validation in inference mode would find tensors that autograd refuses
-def shift_regions(padded: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
-    """(M, N), int16: tokens of a window with different labels were brought together by the cyclic shift from opposite ends of the map.
-
-    They must not see one another (Liu et al., arXiv 2103.14030). Labels are cached instead of masks, which are N times as large.
-    """
+def separate(padded: Size, window: Size, shift: Size, device: torch.device) -> Separation:
+    """The separation on a map of the size `padded` (Liu et al., arXiv 2103.14030)."""
     regions = torch.zeros(1, 1, 1, dtype=torch.int16)
     for axis, (p, w, s) in enumerate(zip(padded, window, shift)):
         position = torch.arange(p)
         region = ((position >= p - w).short() + (position >= p - s).short()) * bool(s)
         regions = regions * 3 + region.view([-1 if i == axis else 1 for i in range(3)])
     labels, _ = partition(regions.view(1, *padded, 1), window, (0, 0, 0))
-    return labels.squeeze(2).to(device)
+    # Labels relative to the window's first token: windows that are cut alike are equal. Sorted, the uncut one, all 0, comes first.
+    patterns, pattern = (labels - labels[:, :1]).squeeze(2).unique(dim=0, return_inverse=True)
+    differ = patterns.unsqueeze(1) != patterns.unsqueeze(2)
+    return Separation((differ.float() * SEPARATION).to(device), pattern.to(device))
 
 
 def relative_position_index(window: Size) -> Tensor:
@@ -93,7 +117,7 @@ def sine_encoding(height: int, width: int, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # as for `shift_regions`
+@torch.inference_mode(False)  # as for `separate`
 def shrunk_sine_encoding(height: int, width: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`sine_encoding` for a window that had to shrink, rounded to float32 first, as that of the full window is."""
     return sine_encoding(height, width, dim).to(device, dtype)
