@@ -42,9 +42,11 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     from vrt.data.cli import add_parser as add_data
     from vrt.services.cli import add_parser as add_services
+    from vrt.stages.weights import add_parser as add_weights
 
     add_services(commands)
     add_data(commands)
+    add_weights(commands)
     for name, run, described in (
         ("train", _train, "train, or go on training, to the end of the params file"),
         ("evaluate", _evaluate, "measure the trained model on the test clips"),
@@ -52,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=described)
         command.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: params.yaml)")
         command.set_defaults(run=run)
+        if name == "evaluate":
+            command.add_argument("--weights", type=Path, help="a file of network weights, such as a published one, instead of the trained model")
     init = commands.add_parser("init", help="write a recipe as params.yaml")
     init.add_argument("--recipe", required=True, help="name of a file in recipes/, such as quickstart")
     init.add_argument("--params", type=Path, default=Path("params.yaml"), help="file to write (default: params.yaml)")
@@ -77,7 +81,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from vrt.stages.evaluate import run_evaluation
 
     _lead_to_services()
-    return run_evaluation(args.params)
+    return run_evaluation(args.params, args.weights)
 
 
 def _init(args: argparse.Namespace) -> int:

@@ -58,7 +58,7 @@ class Separation:
     """Which tokens of shifted windows must not see one another: those that the cyclic shift brought together from opposite ends of the map."""
 
     masks: Tensor
-    """(P, N, N), 0 or SEPARATION. The few patterns that occur, with N^2 values each, instead of one per window. The first is all 0."""
+    """(8, N, N), 0 or SEPARATION: for each way in which a window can be cut along the three axes, not for each window. The first is all 0."""
     pattern: Tensor
     """(M), int64: the pattern of each window of a map."""
 
@@ -76,16 +76,18 @@ class Separation:
 @torch.inference_mode(False)  # or a training after a validation in inference mode would find tensors that autograd refuses
 def separate(padded: Size, window: Size, shift: Size, device: torch.device) -> Separation:
     """The separation on a map of the size `padded` (Liu et al., arXiv 2103.14030)."""
-    regions = torch.zeros(1, 1, 1, dtype=torch.int16)
+    pattern = torch.zeros(1, 1, 1, dtype=torch.long)
+    # Cut or not along each axis, then the position in the window.
+    labels = torch.zeros(1, 1, 1, 1, 1, 1, dtype=torch.long)
     for axis, (p, w, s) in enumerate(zip(padded, window, shift)):
-        position = torch.arange(p)
-        region = ((position >= p - w).short() + (position >= p - s).short()) * bool(s)
-        regions = regions * 3 + region.view([-1 if i == axis else 1 for i in range(3)])
-    labels, _ = partition(regions.view(1, *padded, 1), window, (0, 0, 0))
-    # Labels relative to the window's first token: windows that are cut alike are equal. Sorted, the uncut one, all 0, comes first.
-    patterns, pattern = (labels - labels[:, :1]).squeeze(2).unique(dim=0, return_inverse=True)
-    differ = patterns.unsqueeze(1) != patterns.unsqueeze(2)
-    return Separation((differ.float() * SEPARATION).to(device), pattern.to(device))
+        # Only the last window along an axis is cut: the shift put into it what lay at the axis's start.
+        is_cut = (torch.arange(p // w) == p // w - 1) & (s > 0)
+        behind_cut = torch.stack((torch.zeros(w, dtype=torch.bool), torch.arange(w) >= w - s))
+        pattern = pattern * 2 + is_cut.view([-1 if i == axis else 1 for i in range(3)])
+        labels = labels * 2 + behind_cut.view([2 if i == axis else w if i == axis + 3 else 1 for i in range(6)])
+    labels = labels.reshape(8, -1)
+    differ = labels.unsqueeze(1) != labels.unsqueeze(2)
+    return Separation((differ.float() * SEPARATION).to(device), pattern.flatten().to(device))
 
 
 def relative_position_index(window: Size) -> Tensor:

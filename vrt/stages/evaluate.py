@@ -20,19 +20,26 @@ from vrt.stages import MODEL, PREPARED, REPORTS
 from vrt.training.session import EMA, NETWORK, build_network, load_fitting
 
 
-def run_evaluation(params_path: Path) -> int:
+def run_evaluation(params_path: Path, weights: Path | None = None) -> int:
     """Evaluate the model that DVC versions; writes reports/evaluation/ and enters the means into the MLflow run.
+
+    With `weights`, a file of the params file's network, evaluate that instead, and write to reports/evaluation-of-NAME/ alone.
 
     Raises ValueError (params, data, model), whose message is for the user.
     """
     params = load_params(params_path)
     data = PreparedData.open(PREPARED)
-    network, manifest = load_model(params)
+    if weights:
+        network, manifest = build_network(params), None
+        network.load_state_dict(load_fitting(weights, network))
+    else:
+        network, manifest = load_model(params)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     evaluation = evaluate(network, data, params, "test")
-    write_report(evaluation, REPORTS / "evaluation")
+    write_report(evaluation, REPORTS / (f"evaluation-of-{weights.stem}" if weights else "evaluation"))
     Console().print(summary_table(evaluation))
-    _record(params, manifest, evaluation.metrics())
+    if manifest:
+        _record(params, manifest, evaluation.metrics())
     return EXIT_DONE
 
 
@@ -46,7 +53,7 @@ def load_model(params: Params) -> tuple[torch.nn.Module, Manifest]:
     path = MODEL / file.name
     if not path.is_file() or sha256_of(path) != file.sha256:
         raise CheckpointError(f"{path}: missing, or not what its manifest says; run `dvc checkout {MODEL}`, or `dvc repro train` to write it again")
-    network = build_network(params.network)
+    network = build_network(params)
     network.load_state_dict(load_fitting(path, network))
     return network, manifest
 

@@ -27,6 +27,7 @@ from vrt.observe import log
 from vrt.params import Params, fingerprint, flatten, load_params
 from vrt.stages import CHECKPOINTS, MODEL, PREPARED, REPORTS
 from vrt.stages.reports import write_training_report
+from vrt.training.determinism import determinism
 from vrt.training.loop import TrainingState, Validation, train
 from vrt.training.session import EMA, NETWORK, SnapshotSink, build_state, restore
 
@@ -57,7 +58,7 @@ def run_training(params_path: Path) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lineage = lineage_of(params, data)
 
-    with locked(CHECKPOINTS), StopRequest() as stop:
+    with locked(CHECKPOINTS), StopRequest() as stop, determinism(params.train.deterministic):
         with keeping(lineage, params, data) as keeper:
             state = build_state(params, device)
             resume(state, keeper, lineage, params)

@@ -9,9 +9,10 @@ import torch
 from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.manifest import Manifest
 from vrt.checkpoint.publisher import Publisher, Saver
-from vrt.checkpoint.serialize import load, load_network, misfits
+from vrt.checkpoint.serialize import load, misfits
+from vrt.checkpoint.weights import read_weights
 from vrt.model.network import VRT
-from vrt.params import Network, Params
+from vrt.params import Params
 from vrt.training.ema import copy_for_ema
 from vrt.training.history import History, Row
 from vrt.training.loop import TrainingState
@@ -20,15 +21,15 @@ from vrt.training.optim import make_optimizer
 NETWORK, EMA, OPTIMIZER, HISTORY, PREVIEW = "G.pth", "E.pth", "optimizerG.pth", "history.jsonl", "preview.png"
 
 
-def build_network(settings: Network) -> VRT:
+def build_network(params: Params) -> VRT:
     """The network of the params file, freshly initialised from torch's generator."""
-    return VRT(**settings.model_dump())
+    return VRT(**params.network.model_dump(), use_checkpoint=params.train.activation_checkpointing)
 
 
 def build_state(params: Params, device: torch.device) -> TrainingState:
     """The state before step 1, a function of the seed."""
     torch.manual_seed(params.seed)
-    network = build_network(params.network).to(device)
+    network = build_network(params).to(device)
     ema = copy_for_ema(network) if params.train.ema_decay else None
     return TrainingState(network, ema, make_optimizer(network, params.optimizer), History(), 0)
 
@@ -51,7 +52,7 @@ def restore(state: TrainingState, manifest: Manifest, folder: Path) -> None:
 
 def load_fitting(path: Path, network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights in a file. Raises CheckpointError, naming every missing, unexpected and misshapen key, where they aren't `network`'s."""
-    weights = load_network(path)
+    weights = read_weights(path).tensors
     problems = misfits(weights, network.state_dict())
     if problems:
         shown = "\n  ".join(problems[:20])

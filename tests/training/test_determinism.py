@@ -1,0 +1,48 @@
+"""Bit-identical steps, and the name of what prevents them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vrt.data.sampler import Batch
+from vrt.params import load_params
+from vrt.training.determinism import determinism
+from vrt.training.loop import take_step
+from vrt.training.session import build_state
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def test_an_operator_without_a_deterministic_form_is_named_with_the_way_out():
+    with pytest.raises(ValueError) as error, determinism(True):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+    assert str(error.value) == (
+        "train.deterministic: PyTorch has no deterministic put_ for this device; "
+        "set train.deterministic to false (steps then vary in their last bits), or train on a CPU"
+    )
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_other_errors_pass_and_nothing_is_refused_unless_wanted():
+    with pytest.raises(RuntimeError, match="shape"), determinism(True):
+        torch.zeros(3) @ torch.zeros(4, 4).reshape(2, 9)
+    with determinism(False):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+
+
+def test_the_real_network_trains_to_the_same_bits_with_and_without_it():
+    params = load_params(PROJECT / "recipes" / "quickstart.yaml")
+    small = params.network.model_copy(update={"depths": (2,) + (1,) * 7, "embed_dims": (8,) * 8, "num_heads": (2,) * 8, "indep_reconsts": (7,)})
+    unfrozen = params.optimizer.model_copy(update={"flow_frozen_steps": 0})
+    params = params.model_copy(update={"network": small, "optimizer": unfrozen})
+    truth = torch.rand(1, 3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    weights = []
+    torch.set_num_threads(params.train.threads)
+    for wanted in (True, False, True):
+        with determinism(wanted):
+            state = build_state(params, torch.device("cpu"))
+            for step in (1, 2):
+                take_step(params, state, step, Batch(truth + 0.1 * step, truth))
+        weights.append(state.network.state_dict())
+    assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])
