@@ -64,7 +64,7 @@ class VRT(nn.Module):
             self.spynet = SpyNet()
 
         window: Size = tuple(window_size)
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         shared = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "use_checkpoint": use_checkpoint}
         for i, (depth, dim, heads) in enumerate(zip(depths[:BODY], embed_dims, num_heads)):
             alignment = ParallelAlignment(dim, self.reach, deformable_groups, max_offset=10 / 2 ** _halvings(i)) if pa_frames else None
