@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.folder import CheckpointFolder
@@ -18,7 +19,7 @@ from vrt.training.ema import copy_for_ema
 from vrt.training.history import History
 from vrt.training.loop import TrainingState, take_step
 from vrt.training.optim import make_optimizer
-from vrt.training.session import load_fitting, restore
+from vrt.training.session import load_fitting, put, read_what_fits, restore
 
 # Written by KAIR's own code at step 20 of a small training (lr 4e-4, one group at an eighth); reference.pt tells what step 21 then does.
 KAIR = Path(__file__).resolve().parents[1] / "fixtures" / "kair_checkpoints"
@@ -133,5 +134,100 @@ def test_a_checkpoint_without_a_part_that_is_needed_is_named(trained, fresh, gon
 
 def test_an_optimizer_of_another_network_is_refused(trained, fresh, tmp_path):
     torch.save(torch.optim.Adam([torch.zeros(2)]).state_dict(), trained.folder.path / "6_optimizerG.pth")
-    with pytest.raises(CheckpointError, match=r"6_optimizerG.pth: no optimizer state of this network \("):
+    told = r"6_optimizerG.pth: no optimizer state of this network:\n  its groups have \[1\] parameters, the network's have \[4, 2\]\nuse the params"
+    with pytest.raises(CheckpointError, match=told):
         restore(fresh(), trained.folder.manifest(6), trained.folder.path)
+
+
+def test_optimizer_state_of_another_shape_is_named_by_its_parameter(trained, fresh):
+    # As many parameters in each group, so that torch itself takes it and fails in the next step.
+    path = trained.folder.path / "6_optimizerG.pth"
+    saved = load(path)
+    saved["state"][1]["exp_avg"] = torch.zeros(7)
+    torch.save(saved, path)
+    state = fresh()
+    state.optimizer.load_state_dict(load(path))
+    before = [value.clone() for value in state.network.state_dict().values()]
+    with pytest.raises(CheckpointError, match=r"\n  misshapen: exp_avg of body.0.bias is \[7\], the parameter is \[4\]\n"):
+        restore(state, trained.folder.manifest(6), trained.folder.path)
+    assert all(map(torch.equal, before, state.network.state_dict().values())), "nothing is taken of a checkpoint that does not fit as a whole"
+
+
+def test_the_params_file_rules_the_optimizers_settings_not_the_checkpoint(trained, fresh, params):
+    path = trained.folder.path / "6_optimizerG.pth"
+    saved = load(path)
+    for group in saved["param_groups"]:
+        group |= {"lr": 7.0, "initial_lr": 7.0, "betas": (0.1, 0.1), "weight_decay": 7.0}
+    torch.save(saved, path)
+    state = fresh()
+    restore(state, trained.folder.manifest(6), trained.folder.path)
+    assert [group["initial_lr"] for group in state.optimizer.param_groups] == [1e-3, 1.25e-4]
+    assert all(group["betas"] == (0.9, 0.99) and group["weight_decay"] == 0 for group in state.optimizer.param_groups)
+
+
+def test_state_written_on_a_device_that_is_not_here_lands_beside_its_parameters(trained, fresh, monkeypatch):
+    # As rank 3 of a machine with GPUs writes it: the file itself names the device of each tensor.
+    path = trained.folder.path / "6_optimizerG.pth"
+    saved = load(path)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+        torch.save(saved, path)
+    with pytest.raises(RuntimeError, match="cuda"):
+        torch.load(path, weights_only=True)
+    state = fresh()
+    restore(state, trained.folder.manifest(6), trained.folder.path)
+    for parameter, kept in state.optimizer.state.items():
+        assert kept["exp_avg"].device == parameter.device
+
+
+def test_without_e_in_the_checkpoint_it_starts_as_a_copy_of_g(trained, fresh):
+    manifest = trained.folder.manifest(6)
+    without = Manifest(**{**vars(manifest), "files": tuple(file for file in manifest.files if file.name != "6_E.pth")})
+    state = fresh()
+    restore(state, without, trained.folder.path)
+    expected = load_network(trained.folder.path / "6_G.pth")
+    assert all(torch.equal(value, expected[key]) for key, value in state.ema.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in state.ema.parameters())
+
+
+def test_a_fork_takes_what_fits_by_name_and_shape_and_lists_the_rest(trained, fresh):
+    class Wider(nn.Module):
+        """The same shapes in another order, and one layer that is another."""
+
+        def __init__(self):
+            super().__init__()
+            self.flow = nn.Conv2d(3, 3, 1)
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Dropout(0.3), nn.Conv2d(4, 6, 3, padding=1))
+            self.head = nn.Conv2d(6, 3, 1)
+
+    state = fresh(Wider)
+    parts, left = read_what_fits(state, trained.folder.manifest(6), trained.folder.path)
+    untouched = state.network.head.weight.clone()
+    put(state, parts)
+    theirs, mine = load_network(trained.folder.path / "6_G.pth"), state.network.state_dict()
+    for key in ("flow.weight", "flow.bias", "body.0.weight", "body.0.bias"):
+        assert torch.equal(mine[key], theirs[key]), key
+    assert torch.equal(mine["head.weight"], untouched)
+    assert left[:4] == [
+        "missing: head.weight",
+        "missing: head.bias",
+        "misshapen: body.2.weight is [3, 4, 3, 3], the network has [6, 4, 3, 3]",
+        "misshapen: body.2.bias is [3], the network has [6]",
+    ]
+    assert left[4].startswith("the optimizer starts afresh: ") and len(left) == 5
+    assert (state.step, len(state.optimizer.state)) == (6, 0)
+
+
+def test_a_fork_with_the_same_network_takes_everything(trained, fresh):
+    state = fresh()
+    parts, left = read_what_fits(state, trained.folder.manifest(6), trained.folder.path)
+    put(state, parts)
+    assert left == []
+    assert len(state.optimizer.state) == len(trained.state.optimizer.state)
+    assert all(torch.equal(value, trained.state.ema.state_dict()[key]) for key, value in state.ema.state_dict().items())
+
+
+def test_a_checkpoint_with_nothing_of_this_network_can_not_be_forked(trained, fresh):
+    torch.save({"other": torch.zeros(1)}, trained.folder.path / "6_G.pth")
+    with pytest.raises(CheckpointError, match="step 6: none of its weights fits the network of the params file"):
+        read_what_fits(fresh(), trained.folder.manifest(6), trained.folder.path)

@@ -1,7 +1,7 @@
 """Tensors to files and back, in the form KAIR writes and reads: plain `torch.save` of plain state dicts."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,6 +70,15 @@ def load_network(path: Path) -> dict[str, torch.Tensor]:
     return dict(content)
 
 
+def fitting(weights: Mapping[str, torch.Tensor], network: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """What of `weights` has the name and the shape that `network` has, and the rest as `misfits` lists it.
+
+    By name, never by position: two networks may have the same shapes in another order.
+    """
+    taken = {key: value for key, value in weights.items() if key in network and value.shape == network[key].shape}
+    return taken, misfits(weights, network)
+
+
 def misfits(weights: Mapping[str, torch.Tensor], network: Mapping[str, torch.Tensor]) -> list[str]:
     """Every way in which `weights` is not a state dict of `network`: missing, unexpected and misshapen keys. Empty: it fits."""
     problems = [f"missing: {key}" for key in network if key not in weights]
@@ -77,4 +86,30 @@ def misfits(weights: Mapping[str, torch.Tensor], network: Mapping[str, torch.Ten
     for key in network:
         if key in weights and weights[key].shape != network[key].shape:
             problems.append(f"misshapen: {key} is {list(weights[key].shape)}, the network has {list(network[key].shape)}")
+    return problems
+
+
+def optimizer_misfits(saved: Any, groups: Sequence[Sequence[tuple[str, torch.Tensor]]]) -> list[str]:
+    """Every way in which `saved`, an optimizer's state dict, is not of an optimizer with these groups of named parameters. Empty: it fits.
+
+    torch matches parameters by position and checks only how many there are: state of the wrong shape would fail at the next step, or broadcast.
+    """
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("state"), Mapping) or not isinstance(saved.get("param_groups"), list):
+        return [f"found {type(saved).__name__}; expected an optimizer's state dict with `state` and `param_groups`"]
+    indices = [group.get("params") if isinstance(group, Mapping) else None for group in saved["param_groups"]]
+    if not all(isinstance(group, list) for group in indices):
+        return ["a parameter group has no list of parameters"]
+    sizes, expected = [len(group) for group in indices], [len(group) for group in groups]
+    if sizes != expected:
+        return [f"its groups have {sizes} parameters, the network's have {expected}"]
+    problems = []
+    for group, named in zip(indices, groups):
+        for index, (name, parameter) in zip(group, named):
+            state = saved["state"].get(index, {})
+            if not isinstance(state, Mapping):
+                problems.append(f"the state of {name} is {type(state).__name__}; expected values by name")
+                continue
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
+                    problems.append(f"misshapen: {key} of {name} is {list(value.shape)}, the parameter is {list(parameter.shape)}")
     return problems

@@ -1,5 +1,7 @@
 """Set-up of a training: build its state, restore it from a checkpoint, and hand its snapshots to the saver."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import torch
 from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.manifest import Manifest
 from vrt.checkpoint.publisher import Publisher, Saver
-from vrt.checkpoint.serialize import load, misfits
+from vrt.checkpoint.serialize import fitting, load, misfits, optimizer_misfits
 from vrt.checkpoint.weights import read_weights
 from vrt.model.network import VRT
 from vrt.params import Params
@@ -34,20 +36,80 @@ def build_state(params: Params, device: torch.device) -> TrainingState:
     return TrainingState(network, ema, make_optimizer(network, params.optimizer), History(), 0)
 
 
-def restore(state: TrainingState, manifest: Manifest, folder: Path) -> None:
-    """Put a verified checkpoint into `state`. Raises CheckpointError, naming every key that does not fit; `state` is then unusable."""
-    weights = load_fitting(folder / _name(manifest, NETWORK), state.network)
-    state.network.load_state_dict(weights)
-    if state.ema is not None:
-        state.ema.load_state_dict(load_fitting(folder / _name(manifest, EMA), state.ema) if _has(manifest, EMA) else weights)
-    path = folder / _name(manifest, OPTIMIZER)
-    optimizer = load(path)
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint holds of a training, read and known to fit its state."""
+
+    weights: dict[str, torch.Tensor]
+    ema: dict[str, torch.Tensor] | None
+    optimizer: dict[str, Any] | None
+    """None: none that fits; it starts afresh."""
+    history: History
+    step: int
+
+
+def read(state: TrainingState, manifest: Manifest, folder: Path) -> Parts:
+    """Read a verified checkpoint for `state`, without changing it. Raises CheckpointError, naming everything that does not fit."""
+    return Parts(
+        load_fitting(folder / _name(manifest, NETWORK), state.network),
+        load_fitting(folder / _name(manifest, EMA), state.ema) if state.ema is not None and _has(manifest, EMA) else None,
+        load_optimizer(folder / _name(manifest, OPTIMIZER), state),
+        _history(folder / _name(manifest, HISTORY)),
+        manifest.step,
+    )
+
+
+def read_what_fits(state: TrainingState, manifest: Manifest, folder: Path) -> tuple[Parts, list[str]]:
+    """As `read`, for a fork, whose network may be another: takes what fits by name and shape, and lists the rest in words."""
+    weights, left = fitting(read_weights(folder / _name(manifest, NETWORK)).tensors, state.network.state_dict())
+    if not weights:
+        raise CheckpointError(f"{manifest.lineage} step {manifest.step}: none of its weights fits the network of the params file")
+    ema = None
+    if state.ema is not None and _has(manifest, EMA):
+        ema, of_ema = fitting(read_weights(folder / _name(manifest, EMA)).tensors, state.ema.state_dict())
+        left += [f"in E: {problem}" for problem in of_ema if problem not in left]
+    optimizer = None
     try:
-        state.optimizer.load_state_dict(optimizer)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: no optimizer state of this network ({error})") from error
-    state.history = History.from_bytes((folder / _name(manifest, HISTORY)).read_bytes())
-    state.step = manifest.step
+        optimizer = load_optimizer(folder / _name(manifest, OPTIMIZER), state)
+    except CheckpointError as error:
+        left.append(f"the optimizer starts afresh: {error}")
+    return Parts(weights, ema, optimizer, _history(folder / _name(manifest, HISTORY)), manifest.step), left
+
+
+def put(state: TrainingState, parts: Parts) -> None:
+    """Bring `state` to what was read. Without E it starts as a copy of G. What the parts don't have stays as it is."""
+    _fill(state.network, parts.weights)
+    if state.ema is not None:
+        _fill(state.ema, state.network.state_dict() if parts.ema is None else parts.ema)
+    if parts.optimizer is not None:
+        state.optimizer.load_state_dict(parts.optimizer)
+    state.history, state.step = parts.history, parts.step
+
+
+def _fill(network: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    network.load_state_dict(network.state_dict() | dict(weights))
+
+
+def restore(state: TrainingState, manifest: Manifest, folder: Path) -> None:
+    """Put a verified checkpoint into `state`. Raises CheckpointError, naming everything that does not fit; `state` is unchanged then."""
+    put(state, read(state, manifest, folder))
+
+
+def load_optimizer(path: Path, state: TrainingState) -> dict[str, Any]:
+    """An optimizer's state in a file, under the settings of `state`'s own: the params file rules, not what a checkpoint was made with.
+
+    It comes to the CPU and goes from there to the device of each parameter, wherever and by whichever process it was written.
+    Raises CheckpointError, naming each parameter whose state does not fit.
+    """
+    saved = load(path)
+    names = {parameter: name for name, parameter in state.network.named_parameters()}
+    groups = [[(names[parameter], parameter) for parameter in group["params"]] for group in state.optimizer.param_groups]
+    problems = optimizer_misfits(saved, groups)
+    if problems:
+        raise CheckpointError(f"{path}: no optimizer state of this network:\n  {_listed(problems)}\nuse the params it was trained with")
+    settings = state.optimizer.state_dict()["param_groups"]
+    ours = [mine | {"params": theirs["params"]} for mine, theirs in zip(settings, saved["param_groups"])]
+    return {"state": saved["state"], "param_groups": ours}
 
 
 def load_fitting(path: Path, network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -55,11 +117,21 @@ def load_fitting(path: Path, network: torch.nn.Module) -> dict[str, torch.Tensor
     weights = read_weights(path).tensors
     problems = misfits(weights, network.state_dict())
     if problems:
-        shown = "\n  ".join(problems[:20])
         raise CheckpointError(
-            f"{path}: {len(problems)} keys don't fit the network of the params file:\n  {shown}\nuse the params it was trained with"
+            f"{path}: {len(problems)} keys don't fit the network of the params file:\n  {_listed(problems)}\nuse the params it was trained with"
         )
     return weights
+
+
+def _history(path: Path) -> History:
+    try:
+        return History.from_bytes(path.read_bytes())
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: no history of metrics, one JSON object a line ({error})") from error
+
+
+def _listed(problems: list[str]) -> str:
+    return "\n  ".join(problems)
 
 
 def _has(manifest: Manifest, suffix: str) -> bool:
