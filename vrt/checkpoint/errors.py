@@ -5,6 +5,10 @@ class CheckpointError(ValueError):
     """A checkpoint can't be used or written as it is; the message says which, why, and the way on."""
 
 
+class Missing(CheckpointError):
+    """The store has no such object."""
+
+
 class FolderUnavailable(CheckpointError):
     """The local folder can't take a checkpoint that is sound elsewhere: no room, no right to write."""
 

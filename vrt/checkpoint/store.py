@@ -1,14 +1,20 @@
 """The store: an S3 bucket that holds what is published. What was put there is read back before it counts."""
 
 import hashlib
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+from vrt.checkpoint.errors import CheckpointError, Missing, StoreUnavailable
 from vrt.checkpoint.manifest import FileEntry, Manifest, manifest_name
-from vrt.observe import log
+from vrt.checkpoint.ranges import in_order
+from vrt.observe import log, progress
+
+MB = 1_000_000
 
 
 class Store(Protocol):
@@ -21,13 +27,15 @@ class Store(Protocol):
         """The manifest of a published checkpoint."""
 
     def fetch(self, address: str, file: FileEntry, path: Path) -> None:
-        """Download one file to `path`."""
+        """Download one file to `path`, a new one. Raises CheckpointError where what arrives is not what `file` says; then nothing is left there."""
 
 
 class S3Store:
     """A `Store` below `prefix` (s3://bucket/key) of the S3 server that the AWS environment variables describe."""
 
     CHUNK = 1 << 20
+    TRIES = 4
+    SECONDS_BEFORE_ANOTHER_TRY = 0.1
 
     def __init__(self, prefix: str):
         self._prefix = prefix.rstrip("/")
@@ -53,11 +61,118 @@ class S3Store:
             body = client.get_object(Bucket=bucket, Key=f"{key}/{manifest_name(step)}")["Body"].read()
         return Manifest.from_bytes(body, address)
 
+    def published(self) -> dict[int, str]:
+        """The address of each step that has a manifest here: all that was published, registered or not."""
+        return {step: f"{self._prefix}/{step:08d}" for step, names in self._listed().items() if manifest_name(step) in names}
+
+    def _listed(self) -> dict[int, dict[str, datetime]]:
+        """When each object was written, by step and file name."""
+        found: dict[int, dict[str, datetime]] = {}
+        with self._guarded(self._prefix) as client:
+            bucket, key = _split(f"{self._prefix}/")
+            for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
+                for entry in page.get("Contents", []):
+                    folder, _, name = entry["Key"].removeprefix(key).partition("/")
+                    if folder.isdecimal() and name:
+                        found.setdefault(int(folder), {})[name] = entry["LastModified"]
+        return found
+
     def fetch(self, address: str, file: FileEntry, path: Path) -> None:
+        log.info("fetching %s/%s (%.1f MB)", address, file.name, file.size / 1e6)
+        digest = hashlib.sha256()
+        try:
+            with path.open("xb") as arriving, progress(f"fetch {file.name}", max(1, file.size // MB), "MB") as bar:
+                for data in self._ranges(address, file):
+                    digest.update(data)
+                    before = arriving.tell() // MB
+                    arriving.write(data)
+                    bar.advance(arriving.tell() // MB - before)
+                arriving.flush()
+                os.fsync(arriving.fileno())
+            if digest.hexdigest() != file.sha256:
+                raise CheckpointError(f"{address}: {file.name} has other content than the manifest says (SHA-256 differs)")
+        except FileExistsError:
+            raise
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+    def problems(self, address: str, manifest: Manifest, advance: Callable[[int], None] = lambda size: None) -> list[str]:
+        """What is wrong with a checkpoint's objects, each by name, after reading every byte. Empty: all are as the manifest says.
+
+        `advance` is told the bytes read so far, piece by piece.
+        """
+        found = []
+        for file in manifest.files:
+            digest = hashlib.sha256()
+            try:
+                for data in self._ranges(address, file):
+                    digest.update(data)
+                    advance(len(data))
+                if digest.hexdigest() != file.sha256:
+                    found.append(f"{file.name} has other content than the manifest says (SHA-256 differs)")
+            except CheckpointError as error:
+                found.append(str(error))
+        return found
+
+    def _ranges(self, address: str, file: FileEntry) -> Iterator[bytes]:
+        """The object's bytes in order. Raises CheckpointError where it is missing or not of that size."""
+        with self._guarded(address) as client:
+            bucket, key = _split(f"{address}/{file.name}")
+            try:
+                size = client.head_object(Bucket=bucket, Key=key)["ContentLength"]
+            except client.exceptions.ClientError as error:
+                if _status(error) == 404:
+                    raise CheckpointError(f"{file.name} is missing") from error
+                raise
+            if size != file.size:
+                raise CheckpointError(f"{file.name} has {size} bytes; the manifest says {file.size}")
+            yield from in_order(lambda start, length: self._range(client, bucket, key, start, length, size), size)
+
+    def _range(self, client, bucket: str, key: str, start: int, length: int, size: int) -> bytes:
+        """One range of an object, tried again a few times before its error leaves."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        for attempt in range(1, self.TRIES + 1):
+            try:
+                asked = {} if length == size else {"Range": f"bytes={start}-{start + length - 1}"}
+                answer = client.get_object(Bucket=bucket, Key=key, **asked)
+                # By its length, not by its status: some servers answer a range, rightly, with 200.
+                if answer["ContentLength"] != length:
+                    raise StoreUnavailable(f"{key}: asked for {length} bytes from {start} on, the store sends {answer['ContentLength']}")
+                return answer["Body"].read()
+            except (BotoCoreError, ClientError, StoreUnavailable) as error:
+                # What is refused is refused again; a connection may hold the next time.
+                refused = isinstance(error, ClientError) and _status(error) < 500
+                if refused or attempt == self.TRIES:
+                    raise
+                log.info("%s: %d bytes from %d on did not arrive (%s); asking again", key, length, start, error)
+                time.sleep(self.SECONDS_BEFORE_ANOTHER_TRY * 2**attempt)
+        raise AssertionError("the last try returns or raises")
+
+    def delete(self, address: str) -> None:
+        """Delete a step, its manifest first: where this is cut off, what is left is no checkpoint. Deleting what is gone does nothing."""
+        step = int(address.rsplit("/", 1)[1])
+        names = sorted(self._listed().get(step, {}), key=lambda name: name != manifest_name(step))
         with self._guarded(address) as client:
             bucket, key = _split(address)
-            log.info("fetching %s/%s (%.1f MB)", address, file.name, file.size / 1e6)
-            client.download_file(bucket, f"{key}/{file.name}", str(path))
+            for name in names:
+                client.delete_object(Bucket=bucket, Key=f"{key}/{name}")
+
+    def sweep(self, older_than: timedelta) -> list[int]:
+        """Delete what cut-off uploads and deletes left: objects of steps without a manifest, all of them older than that. Returns the steps.
+
+        An upload that is going on has no manifest yet either, which is why age counts.
+        """
+        now = datetime.now(UTC)
+        left = [
+            step
+            for step, names in self._listed().items()
+            if manifest_name(step) not in names and all(now - written > older_than for written in names.values())
+        ]
+        for step in left:
+            self.delete(f"{self._prefix}/{step:08d}")
+        return left
 
     def _sha256(self, client, bucket: str, key: str, size: int) -> str | None:
         """Digest of the object's bytes; None where there is no such object of that size."""
@@ -96,7 +211,7 @@ class S3Store:
             if answer is None:
                 raise StoreUnavailable(f"{address}: the store does not answer ({error})") from error
             if answer.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
-                raise CheckpointError(f"{address}: there is no such object in the store ({answer})") from error
+                raise Missing(f"{address}: there is no such object in the store ({answer})") from error
             # Rights can be mended while the training goes on, so this is no verdict on the checkpoint.
             raise StoreUnavailable(f"{address}: the store refused ({answer}); check the credentials, the bucket and its policy") from error
 
