@@ -56,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "evaluate":
             command.add_argument("--weights", type=Path, help="a file of network weights, such as a published one, instead of the trained model")
+        if name == "train":
+            told = "overrides checkpoints.resume: auto, must, never, a step to go back to, or 'fork LINEAGE@STEP'"
+            command.add_argument("--resume", metavar="POLICY", help=told)
     init = commands.add_parser("init", help="write a recipe as params.yaml")
     init.add_argument("--recipe", required=True, help="name of a file in recipes/, such as quickstart")
     init.add_argument("--params", type=Path, default=Path("params.yaml"), help="file to write (default: params.yaml)")
@@ -74,7 +77,7 @@ def _train(args: argparse.Namespace) -> int:
     from vrt.stages.train import run_training
 
     _lead_to_services()
-    return run_training(args.params)
+    return run_training(args.params, args.resume)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

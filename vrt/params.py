@@ -6,11 +6,12 @@ No field has a default: a params file states every knob, so what a run did can b
 import difflib
 import hashlib
 import json
+import re
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -160,12 +161,21 @@ class Train(Section):
     """Steps between two checkpoints; the last step is always saved."""
 
 
+def _resume(value: Any) -> Any:
+    """YAML reads a step as a number. Raises ValueError where the value is no policy."""
+    text = str(value) if type(value) is int else value
+    if not isinstance(text, str) or not re.fullmatch(r"auto|must|never|[0-9]+|fork [A-Za-z0-9][A-Za-z0-9._-]*@[0-9]+", text):
+        raise ValueError(f"found {_show(value)}; expected auto, must, never, a step such as 2000, or `fork LINEAGE@STEP`")
+    return text
+
+
 class Checkpoints(Section):
     """What a training continues from, what is kept of it, and what happens where it can't be saved."""
 
-    resume: Annotated[str, Field(pattern=r"^(auto|must|never|\d+|fork [A-Za-z0-9][A-Za-z0-9._-]*@\d+)$")]
+    resume: Annotated[str, BeforeValidator(_resume)]
     """auto (the newest healthy checkpoint, else step 1), must (never start at step 1), never (only start at step 1),
-    a step to go back to, or `fork LINEAGE@STEP`: start a lineage of its own from a checkpoint of another."""
+    a step to go back to, or `fork LINEAGE@STEP`: branch a lineage of its own off a checkpoint of another.
+    `vrt.checkpoint.policy` has the details."""
     keep_last: Positive
     """The newest registered checkpoints that are kept."""
     keep_every: NotNegative
@@ -220,8 +230,21 @@ class Params(Section):
 
         Not in it (FREE): how long to train, how often to log, validate and save, with how many workers and threads, and what is kept.
         """
-        flat = flatten(self.model_dump(mode="json"))
-        return {key: value for key, value in flat.items() if key not in FREE and not key.startswith(("evaluate.", "checkpoints."))}
+        return {key: value for key, value in flatten(self.model_dump(mode="json")).items() if defines_the_training(key)}
+
+
+def defines_the_training(key: str) -> bool:
+    """Whether another value under this dotted key makes it another training."""
+    return key not in FREE and not key.startswith(("evaluate.", "checkpoints."))
+
+
+def with_resume(params: Params, value: str) -> Params:
+    """`params` with another `checkpoints.resume`. Raises ParamsError where it is none."""
+    try:
+        checkpoints = params.checkpoints.model_copy(update={"resume": _resume(value)})
+    except ValueError as error:
+        raise ParamsError(f"--resume: {error}") from None
+    return params.model_copy(update={"checkpoints": checkpoints})
 
 
 def fingerprint(identity: dict[str, Any]) -> str:

@@ -133,7 +133,7 @@ def test_a_version_tells_all_about_its_checkpoint(opened, mlflow, committed, fol
         "host": "here",
         "created": "2026-11-24T00:00:00+00:00",
     }
-    assert registry.registered() == {40: Registered(40, manifest.digest, address)}
+    assert registry.registered() == {40: Registered(40, manifest.digest, address, psnr=31.25)}
     pictures = [artifact.path for artifact in mlflow.list_artifacts(registry.run_id, "images")]
     assert [path for path in pictures if "preview" in path and "step%40" in path.replace("+", "%")], pictures
 

@@ -76,16 +76,32 @@ def test_a_truncated_checkpoint_is_set_aside_and_fetched_again(make_workspace):
     assert (weights.parent / "damaged/4-1/4_G.pth").stat().st_size == 1000
 
 
-def test_changed_params_start_another_lineage_and_say_what_changed(make_workspace):
+def test_changed_params_are_no_silent_new_start_and_each_way_on_works(make_workspace):
     workspace = make_workspace("changed")
     workspace.edit(train__total_steps=4)
     assert workspace.run("vrt", "train").returncode == 0
+    (first,) = (path.name for path in (workspace.root / "checkpoints").iterdir() if path.is_dir())
     workspace.edit(optimizer__lr=0.002, train__total_steps=5)
 
-    ended = workspace.run("vrt", "train")
+    refused = workspace.run("vrt", "train")
 
-    assert ended.returncode == 0, ended.stdout
-    assert "this is a new training" in ended.stdout and "changed since: optimizer.lr: 0.003 -> 0.002" in ended.stdout
+    assert refused.returncode == EXIT_BAD_INPUT, refused.stdout
+    told = f"with these params it is another training than {first}, which has checkpoints up to step 4; changed since:\n  optimizer.lr: 0.003 -> 0.002\n"
+    assert told in refused.stdout and f'`vrt train --resume "fork {first}@4"`' in refused.stdout
+    assert "data.digest" not in refused.stdout and "Traceback" not in refused.stdout
+    assert [path.name for path in (workspace.root / "checkpoints").iterdir() if path.is_dir()] == [first], "refused before anything is made"
+
+    other = workspace.run("vrt", "train", "--resume", "never")
+    assert other.returncode == 0, other.stdout
+    assert f"this is a new training, {first} is not continued; changed since: optimizer.lr: 0.003 -> 0.002" in other.stdout
+    assert "starting at step 1 of 5" in other.stdout
+    # It exists now, and is continued without being asked again.
+    workspace.edit(train__total_steps=6)
+    assert "continuing after step 5 of 6" in workspace.run("vrt", "train").stdout
+
+    workspace.edit(optimizer__lr=0.003)
+    back = workspace.run("vrt", "train")
+    assert back.returncode == 0 and "continuing after step 4 of 6" in back.stdout, back.stdout
 
 
 def test_more_steps_continue_the_same_lineage(make_workspace):

@@ -131,13 +131,21 @@ class CheckpointFolder:
         self._write(manifest_name(manifest.step), lambda file: file.write(manifest.to_bytes()))
         self._sync()
 
+    def delete(self, step: int) -> None:
+        """Delete a step's files, the manifest first: where this is cut off, the rest is no checkpoint. Deleting what is gone does nothing."""
+        for path in self._files(step):
+            path.unlink(missing_ok=True)
+
+    def _files(self, step: int) -> list[Path]:
+        """All files of a step, the manifest first: without it the rest is no checkpoint."""
+        return sorted(self.path.glob(f"{step}_*"), key=lambda path: path.name != manifest_name(step))
+
     def set_aside(self, step: int) -> Path:
         """Move a damaged step's files out of the way, into `damaged/`, where they can still be looked at."""
         number = 1
         while (aside := self.path / "damaged" / f"{step}-{number}").exists():
             number += 1
         aside.mkdir(parents=True)
-        # The manifest goes first: without it the rest is no checkpoint, should this be interrupted.
-        for path in sorted(self.path.glob(f"{step}_*"), key=lambda path: path.name != manifest_name(step)):
+        for path in self._files(step):
             shutil.move(path, aside / path.name)
         return aside

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from vrt.checkpoint.resume import Registered
 EXPERIMENT = "vrt"
 PREVIEW = "_preview.png"
 LATEST_STEP = "latest-step"
+PINNED = "pinned"
+HELD = "held-"
+"""Begins the tags that say who downloads a version since when."""
+LONGEST_HOLD = timedelta(hours=6)
+"""Who was killed while downloading must not keep a checkpoint for ever."""
 
 Row = dict[str, float]
 """One step's metrics by name, with the step itself under "step"."""
@@ -43,9 +49,10 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Sibling:
-    """Another training of the same name: its lineage and its params as MLflow keeps them, as text."""
+    """Another training of the same name that has checkpoints: its lineage, its newest step, and its params as MLflow keeps them, as text."""
 
     lineage: str
+    step: int
     params: dict[str, str]
 
 
@@ -80,7 +87,9 @@ class MlflowRegistry:
         with self._guarded() as client:
             self._experiment_id = self._experiment(client)
             run = self._find(client)
-            self.run_id = run.info.run_id if run else ""
+            if run:
+                self.run_id = run.info.run_id
+                self.checkpoints_address = f"{run.info.artifact_uri}/checkpoints"
         return bool(run)
 
     def _find(self, client):
@@ -117,22 +126,22 @@ class MlflowRegistry:
         return client.get_run(run.info.run_id)
 
     def sibling(self) -> Sibling | None:
-        """The latest other training of the same name, to tell what changed."""
+        """The other training of the same name that registered last, to tell what changed. One without checkpoints doesn't count: nothing is lost."""
         with self._guarded() as client:
-            mine = f"tags.`vrt.name` = '{self.lineage.name}'"
-            for run in client.search_runs([self._experiment_id], filter_string=mine, max_results=2):
-                if run.data.tags["vrt.lineage"] != self.lineage.id:
-                    return Sibling(run.data.tags["vrt.lineage"], run.data.params)
-        return None
+            versions = client.search_model_versions(f"name = '{self.lineage.model}'", max_results=200, order_by=["version_number DESC"])
+            others = [version for version in self._ours(versions) if version.tags.get("lineage", self.lineage.id) != self.lineage.id]
+            if not others:
+                return None
+            lineage = others[0].tags["lineage"]
+            runs = client.search_runs([self._experiment(client)], filter_string=f"tags.`vrt.lineage` = '{lineage}'", max_results=1)
+            step = max(int(version.tags["step"]) for version in others if version.tags["lineage"] == lineage)
+            return Sibling(lineage, step, runs[0].data.params if runs else {})
 
     def registered(self) -> dict[int, Registered]:
         """What is registered of this lineage, by step."""
         with self._guarded() as client:
-            steps = {}
-            for version in self._versions(client):
-                step = int(version.tags["step"])
-                steps[step] = Registered(step, version.tags["digest"], version.source)
-            return steps
+            found = [_registered(version) for version in self._versions(client)]
+        return {one.step: one for one in found}
 
     def _versions(self, client) -> list:
         # Not by run: a run can be deleted, or made twice, and its checkpoints are still there.
@@ -142,8 +151,12 @@ class MlflowRegistry:
         while page.token:
             page = client.search_model_versions(mine, max_results=200, page_token=page.token)
             found += page
+        return self._ours(found)
+
+    @staticmethod
+    def _ours(versions: Iterable) -> list:
         # A version that someone made by hand may have any tags.
-        return [version for version in found if "digest" in version.tags and version.tags.get("step", "").isdigit()]
+        return [version for version in versions if "digest" in version.tags and version.tags.get("step", "").isdigit()]
 
     def check(self, manifest: Manifest) -> Registered | None:
         """The registered checkpoint of the same step. Raises CheckpointError where it has other content: it must not be overwritten."""
@@ -261,3 +274,10 @@ class MlflowRegistry:
             raise
         except requests.RequestException as error:
             raise StoreUnavailable(f"MLflow at {address} does not answer ({error}); see `vrt services status`") from error
+
+
+def _registered(version) -> Registered:
+    now = datetime.now(UTC)
+    held = any(now - datetime.fromisoformat(since) < LONGEST_HOLD for tag, since in version.tags.items() if tag.startswith(HELD))
+    psnr = version.tags.get("val_psnr")
+    return Registered(int(version.tags["step"]), version.tags["digest"], version.source, float(psnr) if psnr else None, PINNED in version.tags, held)

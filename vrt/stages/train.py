@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from vrt.checkpoint.curator import Curator
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.lock import locked
 from vrt.checkpoint.manifest import manifest_name
+from vrt.checkpoint.policy import ResumePolicy
 from vrt.checkpoint.publisher import Publisher, Saver
-from vrt.checkpoint.registry import Lineage, MlflowRegistry
-from vrt.checkpoint.resume import newest_healthy
+from vrt.checkpoint.registry import Lineage
+from vrt.checkpoint.retention import prune
 from vrt.checkpoint.store import S3Store
 from vrt.data.clips import PreparedData
 from vrt.data.sampler import check_sampling, training_batches
@@ -24,12 +26,13 @@ from vrt.evaluation.pictures import png, preview
 from vrt.evaluation.run import validate
 from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, StopRequest
 from vrt.observe import log
-from vrt.params import Params, fingerprint, flatten, load_params
+from vrt.params import Params, fingerprint, flatten, load_params, with_resume
 from vrt.stages import CHECKPOINTS, MODEL, PREPARED, REPORTS
 from vrt.stages.reports import write_training_report
+from vrt.stages.start import refuse_surprise, resume
 from vrt.training.determinism import determinism
 from vrt.training.loop import TrainingState, Validation, train
-from vrt.training.session import EMA, NETWORK, SnapshotSink, build_state, restore
+from vrt.training.session import EMA, NETWORK, SnapshotSink, build_state
 
 # A finished training has time to wait for a store that is down; one that was told to stop has not (see `Publisher.finish`).
 SECONDS_TO_PUBLISH = 600.0
@@ -41,17 +44,20 @@ class Keeper:
 
     folder: CheckpointFolder
     store: S3Store
-    registry: MlflowRegistry
+    registry: Curator
     publisher: Publisher
     saver: Saver
 
 
-def run_training(params_path: Path) -> int:
-    """Train to the end of the params file. Returns the exit code of `vrt.lifecycle`.
+def run_training(params_path: Path, resume_from: str | None = None) -> int:
+    """Train to the end of the params file; `resume_from` overrides its `checkpoints.resume`. Returns the exit code of `vrt.lifecycle`.
 
     Raises ValueError (params, data, checkpoints) or RuntimeError (lock, services), whose messages are for the user.
     """
     params = load_params(params_path)
+    if resume_from is not None:
+        params = with_resume(params, resume_from)
+    policy = ResumePolicy.parse(params.checkpoints.resume)
     data = PreparedData.open(PREPARED)
     check_sampling(data, params)
     torch.set_num_threads(params.train.threads)
@@ -59,9 +65,12 @@ def run_training(params_path: Path) -> int:
     lineage = lineage_of(params, data)
 
     with locked(CHECKPOINTS), StopRequest() as stop, determinism(params.train.deterministic):
-        with keeping(lineage, params, data) as keeper:
+        refuse_surprise(lineage, policy)
+        with keeping(lineage, params) as keeper:
             state = build_state(params, device)
-            resume(state, keeper, lineage, params)
+            once = resume_from is None
+            if resume(state, keeper.folder, keeper.store, keeper.registry, policy, params.train.total_steps, once, keeper.publisher.note):
+                catch_up(keeper, state)
             sink = SnapshotSink(keeper.saver, keeper.publisher, facts(lineage, keeper.registry))
             with closing(training_batches(data, params, state.step + 1, params.train.total_steps)) as batches:
                 done = train(params, state, batches, sink, lambda network: validation(network, data, params), stop)
@@ -81,18 +90,21 @@ def run_training(params_path: Path) -> int:
 def lineage_of(params: Params, data: PreparedData) -> Lineage:
     """The training that these params and these data define."""
     identity = params.identity() | {"data.digest": data.digest}
+    if parent := ResumePolicy.parse(params.checkpoints.resume).parent:
+        # With the same params as its parent it is still another training.
+        identity["fork"] = parent
     return Lineage(params.name, fingerprint(identity), identity)
 
 
 @contextmanager
-def keeping(lineage: Lineage, params: Params, data: PreparedData) -> Iterator[Keeper]:
+def keeping(lineage: Lineage, params: Params) -> Iterator[Keeper]:
     """Open the registry and keep publishing while the block runs. If the block fails, what is committed is still published."""
     folder = CheckpointFolder(CHECKPOINTS / lineage.id)
     folder.prepare()
-    registry = MlflowRegistry(lineage)
-    registry.open(flatten(params.model_dump(mode="json")) | {"data.digest": data.digest}, run_tags())
+    registry = Curator(lineage)
+    registry.open(flatten(params.model_dump(mode="json")) | lineage.identity, run_tags(lineage))
     store = S3Store(registry.checkpoints_address)
-    publisher = Publisher(folder, store, registry)
+    publisher = Publisher(folder, store, registry, lambda: prune(folder, store, registry, params.checkpoints))
     keeper = Keeper(folder, store, registry, publisher, Saver(folder, publisher))
     publisher.start()
     try:
@@ -105,34 +117,17 @@ def keeping(lineage: Lineage, params: Params, data: PreparedData) -> Iterator[Ke
         raise
 
 
-def resume(state: TrainingState, keeper: Keeper, lineage: Lineage, params: Params) -> None:
-    """Bring `state` to the newest healthy checkpoint, and publish what an earlier attempt committed but could not register."""
+def catch_up(keeper: Keeper, state: TrainingState) -> None:
+    """Publish what an earlier attempt committed but could not register, and send the metrics so far."""
     registered = keeper.registry.registered()
-    manifest = newest_healthy(keeper.folder, lineage.id, registered, keeper.store, params.train.total_steps)
-    if manifest is None:
-        _say_what_changed(keeper.registry, lineage)
-        log.info("%s: starting at step 1 of %d", lineage.id, params.train.total_steps)
-        return
-    restore(state, manifest, keeper.folder.path)
-    where = "registered" if manifest.step in registered else "local, about to be registered"
-    log.info("%s, attempt %d: continuing after step %d of %d (%s)", lineage.id, keeper.registry.attempt, state.step, params.train.total_steps, where)
     for step in sorted(set(keeper.folder.steps()) - registered.keys()):
-        problems = keeper.folder.problems(step, lineage.id)
+        problems = keeper.folder.problems(step, keeper.registry.lineage.id)
         if problems:
             log.warning("checkpoint %d is not registered and can't be any more: %s", step, "; ".join(problems))
         else:
             keeper.publisher.publish(keeper.folder.manifest(step))
     for row in state.history.rows:
         keeper.publisher.send(row)
-
-
-def _say_what_changed(registry: MlflowRegistry, lineage: Lineage) -> None:
-    """A new lineage beside an older one of the same name may be a surprise: say which params made it."""
-    sibling = registry.sibling()
-    if sibling is None:
-        return
-    changed = [f"{key}: {sibling.params.get(key)} -> {value}" for key, value in lineage.identity.items() if str(value) != sibling.params.get(key)]
-    log.warning("this is a new training, %s is not continued; changed since: %s", sibling.lineage, "; ".join(changed))
 
 
 def validation(network: torch.nn.Module, data: PreparedData, params: Params) -> Validation:
@@ -171,19 +166,22 @@ def release(folder: CheckpointFolder, step: int) -> None:
     unfinished.replace(MODEL)
 
 
-def facts(lineage: Lineage, registry: MlflowRegistry) -> dict:
+def facts(lineage: Lineage, registry: Curator) -> dict:
     """What every manifest of this attempt says besides its files and metrics."""
     origin = {
         "attempt": str(registry.attempt),
         "code_version": code_version(),
         "host": platform.node(),
     }
+    if "fork" in lineage.identity:
+        origin["parent"] = lineage.identity["fork"]
     return {"lineage": lineage.id, "identity": lineage.identity, "origin": origin}
 
 
-def run_tags() -> dict[str, str]:
+def run_tags(lineage: Lineage) -> dict[str, str]:
     """What the MLflow run says of the newest attempt."""
-    return {
+    parent = {"vrt.parent": lineage.identity["fork"]} if "fork" in lineage.identity else {}
+    return parent | {
         "vrt.code_version": code_version(),
         "vrt.host": platform.node(),
         "vrt.torch": torch.__version__,

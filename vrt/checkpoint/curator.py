@@ -1,0 +1,76 @@
+"""The registry for those who look after what is in it: pins, holds, deletions, and the lineages there are."""
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+from vrt.checkpoint.registry import HELD, LATEST_STEP, PINNED, Lineage, MlflowRegistry
+from vrt.observe import log
+
+
+class Curator(MlflowRegistry):
+    """The registry of one lineage. `open` or `attach` first."""
+
+    def noted(self, key: str) -> str:
+        """What `note` last put on the run under this key; nothing: it never did."""
+        with self._guarded() as client:
+            return client.get_run(self.run_id).data.tags.get(f"vrt.{key}", "")
+
+    def pin(self, step: int, pinned: bool) -> None:
+        """Keep a registered step whatever the params say, or no longer. Raises CheckpointError where it is not registered."""
+        with self._guarded() as client:
+            for version in self._of_step(client, step):
+                if pinned:
+                    client.set_model_version_tag(self.lineage.model, version.version, PINNED, "true")
+                elif PINNED in version.tags:
+                    client.delete_model_version_tag(self.lineage.model, version.version, PINNED)
+
+    @contextmanager
+    def hold(self, step: int) -> Iterator[None]:
+        """Keep anybody from deleting a registered step while the block downloads it."""
+        mine = f"{HELD}{platform.node()}-{os.getpid()}"
+        with self._guarded() as client:
+            versions = [version.version for version in self._of_step(client, step)]
+            for version in versions:
+                client.set_model_version_tag(self.lineage.model, version, mine, datetime.now(UTC).isoformat(timespec="seconds"))
+        try:
+            yield
+        finally:
+            try:
+                with self._guarded() as client:
+                    for version in versions:
+                        client.delete_model_version_tag(self.lineage.model, version, mine)
+            except StoreUnavailable as error:
+                # It expires by itself.
+                log.warning("step %d stays marked as being downloaded for a while: %s", step, error)
+
+    def unregister(self, step: int) -> None:
+        """Take every version of a step out of the registry, and let the alias point to the newest that is left."""
+        with self._guarded() as client:
+            for version in self._of_step(client, step):
+                client.delete_model_version(self.lineage.model, version.version)
+            left = self._versions(client)
+            if left:
+                newest = max(left, key=lambda version: int(version.tags["step"])).version
+                client.set_registered_model_alias(self.lineage.model, LATEST_STEP, newest)
+
+    def _of_step(self, client, step: int) -> list:
+        found = [version for version in self._versions(client) if int(version.tags["step"]) == step]
+        if not found:
+            raise CheckpointError(f"{self.lineage.id} step {step} is not registered; `vrt checkpoints list` shows what is")
+        return found
+
+    def lineages(self) -> list[str]:
+        """Every lineage the registry knows, the latest first."""
+        with self._guarded() as client:
+            runs = client.search_runs([self._experiment(client)], filter_string="tags.`vrt.lineage` LIKE '%'", max_results=1000)
+        return list(dict.fromkeys(run.data.tags["vrt.lineage"] for run in runs))
+
+
+def lineage_named(identifier: str) -> Lineage:
+    """The lineage NAME-FINGERPRINT, of which nothing else is known."""
+    name, _, fingerprint = identifier.rpartition("-")
+    return Lineage(name, fingerprint, {})

@@ -1,0 +1,96 @@
+"""Which checkpoints are kept, and how the others go so that none is registered without its bytes, whenever this is killed.
+
+`retain` is the policy, a pure function; `prune` deletes.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+from vrt.checkpoint.folder import CheckpointFolder
+from vrt.checkpoint.resume import Candidate, Registered
+from vrt.observe import log
+from vrt.params import Checkpoints
+
+# Longer than any upload or download takes.
+AGE_OF_LEFTOVERS = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    step: int
+    keep: bool
+    reason: str
+    """Why it is kept; nothing, where it is not."""
+
+
+def retain(registered: Iterable[Registered], policy: Checkpoints, damaged: Collection[int] = ()) -> list[Verdict]:
+    """What becomes of each registered checkpoint, newest first.
+
+    What is not registered is not asked about: it may be the only copy there is. Nor does a `damaged` one take the place of a healthy one:
+    the newest healthy is always kept, the damaged are kept until they are repaired.
+    """
+    newest_first = sorted(registered, key=lambda one: -one.step)
+    healthy = [one for one in newest_first if one.step not in damaged]
+    last = {one.step for one in healthy[: policy.keep_last]}
+    scored = [one for one in healthy if one.psnr is not None]
+    # A step that was saved without a validation carries the score of the one before: among equals the earliest was measured.
+    best = {one.step for one in sorted(scored, key=lambda one: (-(one.psnr or 0.0), one.step))[: policy.keep_best]}
+
+    def reason(one: Registered) -> str:
+        if one.step in damaged:
+            return "damaged: repair it first"
+        if one.step in last:
+            return f"one of the last {policy.keep_last}" if policy.keep_last > 1 else "the last"
+        if policy.keep_every and one.step % policy.keep_every == 0:
+            return f"every {policy.keep_every} steps"
+        if one.step in best:
+            return "one of the best"
+        return "pinned" if one.pinned else "being downloaded" if one.held else ""
+
+    reasons = {one.step: reason(one) for one in newest_first}
+    return [Verdict(step, bool(why), why) for step, why in reasons.items()]
+
+
+class Unregister(Protocol):
+    def registered(self) -> dict[int, Registered]: ...
+    def unregister(self, step: int) -> None: ...
+
+
+class Shelf(Protocol):
+    """The store, as far as deleting goes."""
+
+    def delete(self, address: str) -> None: ...
+    def sweep(self, older_than: timedelta) -> list[int]: ...
+
+
+def delete(one: Candidate, folder: CheckpointFolder, store: Shelf, registry: Unregister) -> None:
+    """Delete one checkpoint everywhere.
+
+    First its version in the registry: from then on nobody is promised its bytes. Then its manifest in the store, then the other objects,
+    then the local manifest, then the local files. Cut off anywhere, what is left is not registered: a complete copy counts as published but
+    not registered, is registered again by the next attempt and deleted again by its first registration; a copy without a manifest
+    is no checkpoint, and `sweep` or the next save of that step clears it.
+    """
+    if one.registered:
+        registry.unregister(one.step)
+    if one.address:
+        store.delete(one.address)
+    folder.delete(one.step)
+
+
+def prune(folder: CheckpointFolder, store: Shelf, registry: Unregister, policy: Checkpoints, damaged: Collection[int] = ()) -> list[int]:
+    """Delete what the policy doesn't keep, oldest first, and what is left of deletions that were cut off. Returns the steps.
+
+    Call it where the newest registered checkpoint that is not in `damaged` is known to be healthy: it was just registered, or verified.
+    """
+    known = registry.registered()
+    going = sorted(verdict.step for verdict in retain(known.values(), policy, damaged) if not verdict.keep)
+    for step in going:
+        delete(Candidate(step, True, known[step]), folder, store, registry)
+    if going:
+        log.info("deleted checkpoints %s: checkpoints.keep_* of the params keeps the others", ", ".join(map(str, going)))
+    for step in store.sweep(AGE_OF_LEFTOVERS):
+        log.info("cleared what was left of checkpoint %d in the store", step)
+    return going

@@ -1,0 +1,157 @@
+"""How a training begins: as a new one, from its newest healthy checkpoint, from an older one, or as a fork."""
+
+import difflib
+from collections.abc import Callable
+
+from vrt.checkpoint.curator import Curator, lineage_named
+from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+from vrt.checkpoint.folder import CheckpointFolder
+from vrt.checkpoint.manifest import Manifest
+from vrt.checkpoint.policy import AUTO, Kind, ResumePolicy
+from vrt.checkpoint.registry import Lineage, Sibling
+from vrt.checkpoint.resume import Decision, newest_healthy
+from vrt.checkpoint.store import S3Store
+from vrt.observe import log
+from vrt.params import defines_the_training
+from vrt.stages import CHECKPOINTS
+from vrt.training.loop import TrainingState
+from vrt.training.session import Parts, put, read, read_what_fits
+
+Note = Callable[[str, str], None]
+"""Puts a text under a key on the MLflow run."""
+
+
+def refuse_surprise(lineage: Lineage, policy: ResumePolicy) -> None:
+    """Before anything of a new lineage exists: raise CheckpointError where an older one of its name was probably meant, saying what changed.
+
+    `never` and `fork` ask for a new one: then it is only said.
+    """
+    registry = Curator(lineage)
+    sibling = registry.sibling()
+    if sibling is None or registry.attach() or registry.registered() or CheckpointFolder(CHECKPOINTS / lineage.id).steps():
+        return
+    changed = what_changed(sibling, lineage)
+    if policy.kind in (Kind.NEVER, Kind.FORK):
+        log.warning("this is a new training, %s is not continued; changed since: %s", sibling.lineage, "; ".join(changed))
+        return
+    listed = "".join(f"\n  {line}" for line in changed)
+    raise CheckpointError(
+        f"{lineage.name}: with these params it is another training than {sibling.lineage}, which has checkpoints up to step {sibling.step}; "
+        f"changed since:{listed}\n"
+        "To go on with that one, put these values back.\n"
+        "To start another: at step 1 with `vrt train --resume never`, or from its weights with "
+        f'`vrt train --resume "fork {sibling.lineage}@{sibling.step}"`; in params.yaml: checkpoints.resume, or another `name`.'
+    )
+
+
+def what_changed(sibling: Sibling, lineage: Lineage) -> list[str]:
+    """Each value that makes `lineage` another training than its sibling, as `key: old -> new`."""
+    if not sibling.params:
+        return ["its run was deleted, so its params are not known"]
+    keys = [*lineage.identity, *(key for key in sibling.params if key not in lineage.identity and defines_the_training(key))]
+    old_and_new = [(key, sibling.params.get(key, "none"), str(lineage.identity.get(key, "none"))) for key in keys]
+    return [f"{key}: {old} -> {new}" for key, old, new in old_and_new if old != new]
+
+
+def resume(
+    state: TrainingState,
+    folder: CheckpointFolder,
+    store: S3Store,
+    registry: Curator,
+    policy: ResumePolicy,
+    total_steps: int,
+    once: bool,
+    note: Note,
+) -> bool:
+    """Bring `state` to where `policy` lets it begin. False: that is step 1.
+
+    `once`: what says how to begin (`ResumePolicy.begins`) was done if the run says so, and the newest checkpoint is next.
+    Raises CheckpointError where the policy can't be followed; the reasons are noted on the run, too.
+    """
+    lineage = registry.lineage.id
+    if once and policy.begins and registry.noted("began") == str(policy):
+        log.info("%s: resume: %s was done by an earlier attempt; going on from the newest checkpoint", lineage, policy)
+        policy = AUTO
+    else:
+        note("began", str(policy) if policy.begins else "")
+    registered = registry.registered()
+    parts: list[Parts] = []
+    manifest = newest_healthy(
+        folder,
+        lineage,
+        registered,
+        store,
+        total_steps,
+        policy=policy,
+        published=_published(store),
+        load=lambda manifest: parts.append(read(state, manifest, folder.path)),
+        hold=registry.hold,
+        tell=lambda decision: _note(decision, note),
+    )
+    if manifest is None:
+        if policy.kind is Kind.FORK:
+            _fork(state, policy, store, total_steps)
+        else:
+            log.info("%s: starting at step 1 of %d", lineage, total_steps)
+        return policy.kind is Kind.FORK
+    put(state, parts[-1])
+    where = "registered" if manifest.step in registered else "local, about to be registered"
+    log.info("%s, attempt %d: continuing after step %d of %d (%s)", lineage, registry.attempt, state.step, total_steps, where)
+    newer = [step for step in registered if step > state.step]
+    if policy.kind is Kind.STEP and newer:
+        log.warning(
+            "steps %d to %d stay registered and should come out the same again; one that doesn't is refused, unless it was deleted before "
+            "(`vrt checkpoints prune --after %d`)",
+            min(newer),
+            max(newer),
+            state.step,
+        )
+    return True
+
+
+def _published(store: S3Store) -> dict[int, str]:
+    try:
+        return store.published()
+    except StoreUnavailable as error:
+        # What is local suffices to go on; what is only in the store and not registered was never promised.
+        log.warning("what is published and not registered is not known: %s", error)
+        return {}
+
+
+def _note(decision: Decision, note: Note) -> None:
+    if decision.step is not None:
+        note("resumed", f"after step {decision.step} ({decision.source})")
+    if decision.rejected:
+        note("rejected", "\n".join(map(str, decision.rejected)))
+
+
+def _fork(state: TrainingState, policy: ResumePolicy, store: S3Store, total_steps: int) -> None:
+    """Bring `state` to a checkpoint of another lineage, as far as it fits; what is fetched for it stays in that lineage's folder."""
+    if policy.step >= total_steps:
+        raise CheckpointError(f"resume: {policy}: the fork goes on at step {policy.step + 1}; raise train.total_steps, which is {total_steps}")
+    parent = Curator(lineage_named(policy.lineage))
+    folder = CheckpointFolder(CHECKPOINTS / policy.lineage)
+    registered = parent.registered()
+    if not registered and not folder.steps():
+        raise CheckpointError(f"resume: {policy}: {unknown_lineage(policy.lineage, parent)}")
+    folder.prepare()
+    found: list[tuple[Parts, list[str]]] = []
+
+    def load(manifest: Manifest) -> None:
+        found.append(read_what_fits(state, manifest, folder.path))
+
+    back = ResumePolicy(Kind.STEP, policy.step)
+    newest_healthy(folder, policy.lineage, registered, store, max(registered, default=policy.step), policy=back, load=load, hold=parent.hold)
+    parts, left = found[-1]
+    put(state, parts)
+    log.info("forked %s: going on at step %d of %d", policy.parent, state.step + 1, total_steps)
+    for line in left:
+        log.warning("not taken from %s: %s", policy.parent, line)
+
+
+def unknown_lineage(identifier: str, registry: Curator) -> str:
+    """What to say to someone who names a lineage that has no checkpoints."""
+    lineages = registry.lineages()
+    near = difflib.get_close_matches(identifier, lineages, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"there is no lineage {identifier} with checkpoints; {hint}known: {', '.join(lineages[:20]) or 'none'}"
