@@ -42,10 +42,12 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     from vrt.data.cli import add_parser as add_data
     from vrt.services.cli import add_parser as add_services
+    from vrt.stages.checkpoints_cli import add_parser as add_checkpoints
     from vrt.stages.weights import add_parser as add_weights
 
     add_services(commands)
     add_data(commands)
+    add_checkpoints(commands)
     add_weights(commands)
     for name, run, described in (
         ("train", _train, "train, or go on training, to the end of the params file"),

@@ -86,7 +86,9 @@ def test_changed_params_are_no_silent_new_start_and_each_way_on_works(make_works
     refused = workspace.run("vrt", "train")
 
     assert refused.returncode == EXIT_BAD_INPUT, refused.stdout
-    told = f"with these params it is another training than {first}, which has checkpoints up to step 4; changed since:\n  optimizer.lr: 0.003 -> 0.002\n"
+    told = (
+        f"with these params it is another training than {first}, which has checkpoints up to step 4; changed since:\n  optimizer.lr: 0.003 -> 0.002\n"
+    )
     assert told in refused.stdout and f'`vrt train --resume "fork {first}@4"`' in refused.stdout
     assert "data.digest" not in refused.stdout and "Traceback" not in refused.stdout
     assert [path.name for path in (workspace.root / "checkpoints").iterdir() if path.is_dir()] == [first], "refused before anything is made"

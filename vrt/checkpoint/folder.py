@@ -140,10 +140,10 @@ class CheckpointFolder:
         """All files of a step, the manifest first: without it the rest is no checkpoint."""
         return sorted(self.path.glob(f"{step}_*"), key=lambda path: path.name != manifest_name(step))
 
-    def set_aside(self, step: int) -> Path:
-        """Move a damaged step's files out of the way, into `damaged/`, where they can still be looked at."""
+    def set_aside(self, step: int, into: str = "damaged") -> Path:
+        """Move a step's files out of the way, into a folder where they can still be looked at."""
         number = 1
-        while (aside := self.path / "damaged" / f"{step}-{number}").exists():
+        while (aside := self.path / into / f"{step}-{number}").exists():
             number += 1
         aside.mkdir(parents=True)
         for path in self._files(step):

@@ -200,7 +200,14 @@ class S3Store:
 
         try:
             if self._client is None:
-                config = Config(connect_timeout=5, read_timeout=60, retries={"max_attempts": 2}, s3={"addressing_style": "path"})
+                config = Config(
+                    connect_timeout=5,
+                    read_timeout=60,
+                    retries={"max_attempts": 2},
+                    s3={"addressing_style": "path"},
+                    # All that is read is hashed here. Where it checks too, botocore fails over a 503 with an AttributeError.
+                    response_checksum_validation="when_required",
+                )
                 self._client = boto3.client("s3", config=config)
             yield self._client
         except NoCredentialsError as error:

@@ -14,6 +14,7 @@ from vrt.checkpoint.store import S3Store
 from vrt.observe import log
 from vrt.params import defines_the_training
 from vrt.stages import CHECKPOINTS
+from vrt.stages.adopt import complete_steps, steps_by_part
 from vrt.training.loop import TrainingState
 from vrt.training.session import Parts, put, read, read_what_fits
 
@@ -92,6 +93,7 @@ def resume(
         if policy.kind is Kind.FORK:
             _fork(state, policy, store, total_steps)
         else:
+            _keep_files_without_manifest(folder)
             log.info("%s: starting at step 1 of %d", lineage, total_steps)
         return policy.kind is Kind.FORK
     put(state, parts[-1])
@@ -107,6 +109,18 @@ def resume(
             state.step,
         )
     return True
+
+
+def _keep_files_without_manifest(folder: CheckpointFolder) -> None:
+    """A save that was cut off leaves such files, which nobody needs; but a person may have put them there: don't train over them."""
+    for step in complete_steps(steps_by_part(path.name for path in folder.path.iterdir())):
+        aside = folder.set_aside(step, into="without-manifest")
+        log.warning(
+            "the files of step %d have no manifest: a save was cut off, or another program wrote them; moved to %s. "
+            "To train on from them: stop, and run `vrt checkpoints adopt` on that folder (under another `name`, once this one has checkpoints)",
+            step,
+            aside,
+        )
 
 
 def _published(store: S3Store) -> dict[int, str]:

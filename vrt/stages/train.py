@@ -168,14 +168,13 @@ def release(folder: CheckpointFolder, step: int) -> None:
 
 def facts(lineage: Lineage, registry: Curator) -> dict:
     """What every manifest of this attempt says besides its files and metrics."""
-    origin = {
-        "attempt": str(registry.attempt),
-        "code_version": code_version(),
-        "host": platform.node(),
-    }
-    if "fork" in lineage.identity:
-        origin["parent"] = lineage.identity["fork"]
-    return {"lineage": lineage.id, "identity": lineage.identity, "origin": origin}
+    return {"lineage": lineage.id, "identity": lineage.identity, "origin": origin_here(lineage, str(registry.attempt))}
+
+
+def origin_here(lineage: Lineage, attempt: str) -> dict[str, str]:
+    """Where a checkpoint is made."""
+    parent = {"parent": lineage.identity["fork"]} if "fork" in lineage.identity else {}
+    return {"attempt": attempt, "code_version": code_version(), "host": platform.node()} | parent
 
 
 def run_tags(lineage: Lineage) -> dict[str, str]:
