@@ -12,7 +12,7 @@ from PIL import Image
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
-from vrt.checkpoint.registry import Lineage, MlflowRegistry
+from vrt.checkpoint.registry import Lineage, MlflowRegistry, Sibling
 from vrt.checkpoint.resume import Registered
 
 
@@ -173,12 +173,14 @@ def test_versions_that_people_made_and_other_lineages_do_not_count(opened, mlflo
     assert other.registered() == {}
 
 
-def test_a_new_lineage_finds_the_older_one_of_its_name(opened, named):
+def test_a_new_lineage_finds_the_older_one_of_its_name_that_has_checkpoints(opened, committed, folder, named):
     first = opened(seed=1)
-    assert first.sibling() is None
     second = opened(Lineage(named.name, "fedcba9876543210", {"seed": 2}), seed=2)
-    found = second.sibling()
-    assert (found.lineage, found.params) == (named.id, {"seed": "1"})
+    assert (first.sibling(), second.sibling()) == (None, None), "without checkpoints there is nothing to lose"
+    for step in (40, 20):
+        first.register(committed(step), f"s3://mlflow/x/{step:08d}", folder.path)
+    assert first.sibling() is None
+    assert second.sibling() == Sibling(named.id, 40, {"seed": "1"})
 
 
 def test_reading_a_run_is_no_attempt(opened, mlflow, named):

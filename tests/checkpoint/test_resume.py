@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import FileEntry, Manifest
-from vrt.checkpoint.resume import Candidate, Registered, candidates, newest_healthy
+from vrt.checkpoint.policy import ResumePolicy
+from vrt.checkpoint.resume import Candidate, Decision, Evidence, Registered, Side, Source, State, candidates, decide, newest_healthy
 
 
 def at(step: int) -> Registered:
@@ -213,3 +215,128 @@ def test_a_second_try_does_not_start_over_silently_either(folder, store, commit,
     for told in ("no healthy checkpoint among 1", "its only checkpoints are damaged, in .*/damaged; restore one, or remove that folder"):
         with pytest.raises(CheckpointError, match=told):
             newest_healthy(folder, lineage, {}, store, 100)
+
+
+LOST = Evidence(Side(State.DAMAGED, ("G is short",)), Side(State.MISSING))
+HERE = Evidence(Side(State.HEALTHY), Side(State.MISSING))
+THERE = Evidence(Side(State.DAMAGED, ("G is short",)), Side(State.HEALTHY))
+CODE = Evidence(Side(State.UNUSABLE, ("G.pth: a pickle of code",)), Side(State.MISSING))
+STEPS = {60: LOST, 50: CODE, 40: THERE, 20: HERE}
+
+
+def known(steps=STEPS) -> list[Candidate]:
+    return [Candidate(step, True, None) for step in steps]
+
+
+def outcome(text: str, steps=STEPS) -> tuple[Decision, list[int]]:
+    """The decision of the policy, and the steps it looked at."""
+    looked = []
+
+    def examine(candidate: Candidate) -> Evidence:
+        looked.append(candidate.step)
+        return steps[candidate.step]
+
+    return decide(ResumePolicy.parse(text), "tiny-1", known(steps), examine), looked
+
+
+@pytest.mark.parametrize("text", ["auto", "must", "fork other-1@5"])
+def test_the_newest_healthy_wins_each_newer_one_is_named_and_no_older_one_looked_at(text):
+    decision, looked = outcome(text)
+    assert (decision.step, decision.source, decision.error) == (40, Source.STORE, "")
+    assert [str(one) for one in decision.rejected] == ["step 60: G is short", "step 50: G.pth: a pickle of code"]
+    assert looked == [60, 50, 40]
+
+
+def test_a_step_is_that_step_or_none():
+    assert outcome("20") == (Decision(20, Source.LOCAL), [20])
+    assert outcome("40")[0].source is Source.STORE
+    decision, looked = outcome("60")
+    assert decision.error == "tiny-1: resume is 60, which can't be used:\n  step 60: G is short\nother steps: 50, 40, 20"
+    assert (decision.step, looked) == (None, [60])
+    assert outcome("30")[0].error == "tiny-1: resume is 30, but there is no such checkpoint; found: 60, 50, 40, 20"
+
+
+def test_never_and_must_each_refuse_what_they_are_for():
+    decision, looked = outcome("never")
+    assert decision.error.startswith("tiny-1: resume is never, but there are checkpoints up to step 60, which a start at step 1 would only repeat; ")
+    assert looked == []
+    assert outcome("never", {}) == (Decision(), [])
+    assert outcome("must", {})[0].error.startswith("tiny-1: resume is must, but there is no checkpoint of this training in the registry, ")
+    assert outcome("auto", {}) == (Decision(), [])
+    assert "no healthy checkpoint among 2" in outcome("must", {60: LOST, 50: CODE})[0].error
+
+
+evidences = st.sampled_from([LOST, HERE, THERE, CODE])
+
+
+@given(st.dictionaries(st.integers(1, 99), evidences, max_size=8))
+def test_whatever_is_found_the_decision_is_the_newest_healthy_and_nothing_is_passed_over_silently(found):
+    steps = dict(sorted(found.items(), reverse=True))
+    decision, looked = outcome("auto", steps)
+    healthy = [step for step, evidence in steps.items() if evidence in (HERE, THERE)]
+    assert decision.step == (max(healthy) if healthy else None)
+    assert bool(decision.error) == (bool(steps) and not healthy)
+    assert [one.step for one in decision.rejected] == [step for step in steps if not healthy or step > decision.step]
+
+
+def test_what_no_training_can_continue_from_gives_way_and_is_never_registered(folder, store, registered, commit, lineage, caplog):
+    known = registered(20)
+    commit(folder, 40)
+    commit(folder, 60)
+
+    def load(manifest: Manifest) -> None:
+        if manifest.step > 20:
+            raise CheckpointError(f"{manifest.step}_G.pth: can't be read as tensors and plain values")
+
+    told = []
+    assert newest_healthy(folder, lineage, known, store, 100, load=load, tell=told.append).step == 20
+    assert [one.step for one in told[0].rejected] == [60, 40]
+    assert "not continuing from step 60: 60_G.pth: can't be read as tensors" in caplog.text
+    # The outbox is the folder: what is aside is not published.
+    assert folder.steps() == [20]
+
+
+def test_an_unusable_one_that_is_registered_stays_where_it_is(folder, store, registered, lineage):
+    known = registered(20, 40)
+
+    def load(manifest: Manifest) -> None:
+        if manifest.step == 40:
+            raise CheckpointError("another network")
+
+    assert newest_healthy(folder, lineage, known, store, 100, load=load).step == 20
+    assert folder.steps() == [40, 20]
+    folder.delete(40)
+    assert newest_healthy(folder, lineage, known, store, 100, load=load).step == 20
+
+
+def test_what_was_published_and_not_registered_is_a_candidate_too(folder, store, registered, commit, lineage):
+    known = registered(20)
+    newest = commit(folder, 40)
+    address = store.publish(newest, folder.path)
+    folder.delete(40)
+    assert newest_healthy(folder, lineage, known, store, 100).step == 20
+    held = []
+    assert newest_healthy(folder, lineage, known, store, 100, published={40: address}, hold=held.append) == newest
+    assert held == [], "nobody prunes what is not registered"
+    # Another training's, at the same address: not ours.
+    folder.delete(40)
+    shutil.rmtree(address)
+    address = store.publish(commit(folder, 40, lineage="other-1"), folder.path)
+    folder.delete(40)
+    assert newest_healthy(folder, lineage, known, store, 100, published={40: address}).step == 20
+
+
+def test_an_older_step_is_gone_back_to_and_a_registered_one_is_held_while_it_is_fetched(folder, store, registered, lineage):
+    known = registered(20, 40)
+    folder.delete(20)
+    held = []
+
+    @contextmanager
+    def hold(step: int):
+        held.append((step, folder.steps()))
+        yield
+        held.append((step, folder.steps()))
+
+    manifest = newest_healthy(folder, lineage, known, store, 100, policy=ResumePolicy.parse("20"), hold=hold)
+    assert manifest.step == 20
+    assert held == [(20, [40]), (20, [40, 20])]

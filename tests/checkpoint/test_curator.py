@@ -1,0 +1,58 @@
+"""Looking after what is registered, against a real server: pins, holds, deletions."""
+
+import os
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from vrt.checkpoint import registry as registry_module
+from vrt.checkpoint.curator import Curator, lineage_named
+from vrt.checkpoint.errors import CheckpointError
+from vrt.checkpoint.registry import Lineage
+
+
+@pytest.fixture
+def curator(services, tmp_path: Path, folder, commit) -> Curator:
+    """Of a lineage of the test's own, with steps 20, 40 and 60 registered."""
+    made = Curator(Lineage(f"{tmp_path.name}-{os.getpid()}", "0123456789abcdef", {"seed": 1}))
+    made.open({"seed": 1}, {})
+    for step in (20, 40, 60):
+        made.register(commit(folder, step, lineage=made.lineage.id), f"s3://mlflow/x/{step:08d}", folder.path)
+    return made
+
+
+def test_what_is_pinned_or_held_shows_to_everybody_until_it_is_over(curator):
+    other = Curator(lineage_named(curator.lineage.id))
+    curator.pin(40, True)
+    with curator.hold(20):
+        assert [(one.step, one.pinned, one.held) for one in other.registered().values()] == [(60, False, False), (40, True, False), (20, False, True)]
+    curator.pin(40, False)
+    curator.pin(40, False)
+    assert not any(one.pinned or one.held for one in other.registered().values())
+
+
+def test_a_hold_whose_owner_was_killed_expires(curator, monkeypatch):
+    with curator.hold(20):
+        monkeypatch.setattr(registry_module, "LONGEST_HOLD", registry_module.LONGEST_HOLD * 0)
+        assert not curator.registered()[20].held
+
+
+def test_deleting_the_newest_lets_the_alias_point_to_the_one_before(curator):
+    client = MlflowClient()
+    curator.unregister(60)
+    assert client.get_model_version_by_alias(curator.lineage.model, "latest-step").tags["step"] == "40"
+    assert list(curator.registered()) == [40, 20]
+    for step in (40, 20):
+        curator.unregister(step)
+    assert curator.registered() == {}
+    with pytest.raises(CheckpointError, match=f"{curator.lineage.id} step 60 is not registered; `vrt checkpoints list` shows what is"):
+        curator.unregister(60)
+
+
+def test_a_note_reads_back_and_lineages_are_found_by_name(curator):
+    assert curator.noted("began") == ""
+    curator.note("began", "2000")
+    assert curator.noted("began") == "2000"
+    assert curator.lineage.id in curator.lineages()
+    assert lineage_named(curator.lineage.id).model == curator.lineage.model
