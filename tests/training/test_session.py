@@ -15,6 +15,7 @@ from vrt.checkpoint.serialize import load, load_network
 from vrt.data.sampler import Batch
 from vrt.model.network import VRT
 from vrt.params import Optimizer, Params
+from vrt.stages.adopt import adopt
 from vrt.training.ema import copy_for_ema
 from vrt.training.history import History
 from vrt.training.loop import TrainingState, take_step
@@ -72,12 +73,10 @@ def digest(values: torch.Tensor) -> dict[str, float]:
 
 
 def test_a_training_that_kair_began_goes_on_as_it_did_there(kair_state, kair_params, reference, tmp_path):
-    # KAIR keeps no history and no manifest; with them its three files are a checkpoint of ours.
-    contents = {name: (KAIR / f"20_{name}").read_bytes() for name in ("G.pth", "E.pth", "optimizerG.pth")} | {"history.jsonl": b""}
     folder = CheckpointFolder(tmp_path / "checkpoints")
     folder.prepare()
-    writers = {name: lambda file, content=content: file.write(content) for name, content in contents.items()}
-    manifest = folder.commit(20, writers, lambda files: Manifest("kair-1", 20, files, {}, {}, {}))
+    manifest = adopt(KAIR, folder, "kair-1", kair_state, {}, {})
+    assert folder.problems(20, "kair-1") == []
     restore(kair_state, manifest, folder.path)
     assert kair_state.step == 20
     assert [len(group["params"]) for group in kair_state.optimizer.param_groups] == reference["param_group_sizes"]

@@ -1,0 +1,154 @@
+"""How a training begins, by its policy: against real servers, and with real training in between."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import boto3
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from vrt.checkpoint.errors import CheckpointError
+from vrt.checkpoint.folder import CheckpointFolder
+from vrt.checkpoint.manifest import Manifest
+from vrt.data.clips import PreparedData
+from vrt.params import load_params
+from vrt.stages import CHECKPOINTS, PREPARED
+from vrt.stages.train import lineage_of, run_training
+
+
+class Project:
+    """A workspace as the current folder, trained in this process."""
+
+    def __init__(self, workspace, caplog):
+        self.edit, self._caplog = workspace.edit, caplog
+
+    def train(self, steps: int, resume: str | None = None, **changes: object) -> str:
+        """Train to `steps`; returns what was logged."""
+        self.edit(train__total_steps=steps, **changes)
+        self._caplog.clear()
+        assert run_training(Path("params.yaml"), resume) == 0
+        return self._caplog.text
+
+    @property
+    def lineage(self):
+        return lineage_of(load_params(Path("params.yaml")), PreparedData.open(PREPARED))
+
+    @property
+    def folder(self) -> CheckpointFolder:
+        return CheckpointFolder(CHECKPOINTS / self.lineage.id)
+
+    def tags(self) -> dict[str, str]:
+        client = MlflowClient()
+        experiment = client.get_experiment_by_name("vrt").experiment_id
+        (run,) = client.search_runs([experiment], f"tags.`vrt.lineage` = '{self.lineage.id}'")
+        return run.data.tags
+
+    def versions(self) -> dict[int, dict[str, str]]:
+        found = MlflowClient().search_model_versions(f"name = '{self.lineage.model}' and tags.lineage = '{self.lineage.id}'")
+        return {int(version.tags["step"]): version.tags for version in found}
+
+
+@pytest.fixture
+def project(make_workspace: Callable, monkeypatch, caplog) -> Project:
+    workspace = make_workspace("start")
+    workspace.edit(checkpoints__keep_last=9)
+    monkeypatch.chdir(workspace.root)
+    for key, value in workspace.environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    caplog.set_level("INFO", "vrt")
+    threads = torch.get_num_threads()
+    yield Project(workspace, caplog)
+    torch.set_num_threads(threads)
+
+
+def files(folder: CheckpointFolder, step: int) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.path.glob(f"{step}_*") if path.suffix != ".json"}
+
+
+def test_a_fork_goes_on_as_its_parent_did_and_is_a_lineage_of_its_own_that_wins_once_it_exists(project):
+    project.train(8)
+    parent = project.lineage.id
+    expected = files(project.folder, 8)
+    for path in project.folder.path.iterdir():
+        path.unlink()
+    policy = f"fork {parent}@4"
+    told = project.train(8, checkpoints__resume=policy)
+    assert f"forked {parent}@4: going on at step 5 of 8" in told and f"{parent} is not continued; changed since: fork: none -> {parent}@4" in told
+    # With all params equal a fork computes what its parent did: nothing was lost on the way.
+    assert project.lineage.id != parent
+    assert files(project.folder, 8) == expected
+    assert project.folder.steps() == [8]
+    assert project.folder.manifest(8).origin["parent"] == project.tags()["vrt.parent"] == project.versions()[8]["parent"] == f"{parent}@4"
+
+    told = project.train(12)
+    assert "continuing after step 8 of 12" in told and "forked" not in told
+    project.edit(checkpoints__resume="auto", seed=7)
+    with pytest.raises(CheckpointError, match=rf"changed since:\n  seed: 1 -> 7\n  fork: {parent}@4 -> none\nTo go on with that one, put these"):
+        run_training(Path("params.yaml"))
+    for wrong, reason in (
+        (f"fork {parent}@6", f"{parent}: resume is 6, but there is no such checkpoint; found: 8, 4"),
+        (f"fork {parent[:-1]}@4", f"did you mean {parent}"),
+        (f"fork {parent}@12", "the fork goes on at step 13; raise train.total_steps, which is 12"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            run_training(Path("params.yaml"), wrong)
+
+
+def test_a_step_is_gone_back_to_once_and_comes_out_the_same(project):
+    project.train(8)
+    before, versions = files(project.folder, 8), project.versions()
+    told = project.train(8, checkpoints__resume=4)
+    assert "continuing after step 4 of 8" in told and "(`vrt checkpoints prune --after 4`)" in told
+    assert files(project.folder, 8) == before
+    assert project.versions() == versions
+    # Killed and started again, with the params as they are: what was done since is not lost.
+    assert "continuing after step 8 of 9" in project.train(9)
+    assert "continuing after step 4 of 9" in project.train(9, resume="4")
+
+
+def test_never_and_must_refuse_what_they_are_for(project):
+    with pytest.raises(CheckpointError, match="resume is must, but there is no checkpoint of this training"):
+        project.train(4, resume="must")
+    project.train(4, checkpoints__resume="never")
+    assert "continuing after step 4 of 5" in project.train(5), "it began so, and is continued where it was killed"
+    with pytest.raises(CheckpointError, match="resume is never, but there are checkpoints up to step 5"):
+        project.train(6, resume="never")
+    assert "continuing after step 5 of 6" in project.train(6, resume="must")
+
+
+class Malicious:
+    def __reduce__(self):
+        return Path.touch, (Path("it ran"),)
+
+
+def test_what_can_not_be_continued_from_is_named_on_the_run_and_never_registered(project):
+    project.train(4)
+    good = project.folder.manifest(4)
+    content = {file.name.removeprefix("4_"): (project.folder.path / file.name).read_bytes() for file in good.files}
+    content["G.pth"] = pickle.dumps({"weight": Malicious()}, protocol=2)
+    writes = {name: lambda file, data=data: file.write(data) for name, data in content.items()}
+    project.folder.commit(6, writes, lambda all_files: Manifest(project.lineage.id, 6, all_files, {}, {}, {}))
+    told = project.train(8)
+    assert "continuing after step 4 of 8" in told
+    assert "not continuing from step 6: " in told and "6_G.pth: can't be read as tensors and plain values" in told
+    assert "6_G.pth: can't be read" in project.tags()["vrt.rejected"] and project.tags()["vrt.resumed"] == "after step 4 (local)"
+    assert set(project.versions()) == {4, 8}
+    assert not Path("it ran").exists()
+
+
+def test_only_what_the_params_keep_is_left_on_any_side(project):
+    project.train(16, checkpoints__keep_last=2, checkpoints__keep_best=0)
+    assert set(project.versions()) == {12, 16}
+    assert project.folder.steps() == [16, 12]
+
+
+def test_files_without_a_manifest_are_not_trained_over(project):
+    project.folder.prepare()
+    for part in ("G", "optimizerG"):
+        (project.folder.path / f"4_{part}.pth").write_bytes(b"of another program")
+    told = project.train(4)
+    assert "the files of step 4 have no manifest" in told and "run `vrt checkpoints adopt` on that folder" in told
+    assert (project.folder.path / "without-manifest/4-1/4_G.pth").read_bytes() == b"of another program"
