@@ -79,16 +79,14 @@ class S3Store:
 
     def fetch(self, address: str, file: FileEntry, path: Path) -> None:
         log.info("fetching %s/%s (%.1f MB)", address, file.name, file.size / 1e6)
-        digest = hashlib.sha256()
+        digest, arrived = hashlib.sha256(), 0
         try:
-            with path.open("xb") as arriving, progress(f"fetch {file.name}", max(1, file.size // MB), "MB") as bar:
-                for data in self._ranges(address, file):
+            with path.open("xb") as target, progress(f"fetch {file.name}", max(1, file.size // MB), "MB") as bar:
+                for data in self._ranges(address, file, lambda data, start: _write_at(target.fileno(), data, start)):
                     digest.update(data)
-                    before = arriving.tell() // MB
-                    arriving.write(data)
-                    bar.advance(arriving.tell() // MB - before)
-                arriving.flush()
-                os.fsync(arriving.fileno())
+                    bar.advance((arrived + len(data)) // MB - arrived // MB)
+                    arrived += len(data)
+            # Not synced, which would take as long again: what a power cut takes is found by its digest, and fetched again.
             if digest.hexdigest() != file.sha256:
                 raise CheckpointError(f"{address}: {file.name} has other content than the manifest says (SHA-256 differs)")
         except FileExistsError:
@@ -115,8 +113,11 @@ class S3Store:
                 found.append(str(error))
         return found
 
-    def _ranges(self, address: str, file: FileEntry) -> Iterator[bytes]:
-        """The object's bytes in order. Raises CheckpointError where it is missing or not of that size."""
+    def _ranges(self, address: str, file: FileEntry, arrived: Callable[[bytes, int], None] = lambda data, start: None) -> Iterator[bytes]:
+        """The object's bytes in order; `arrived` is called with each range and its start, out of order and in several threads.
+
+        Raises CheckpointError where the object is missing or not of that size.
+        """
         with self._guarded(address) as client:
             bucket, key = _split(f"{address}/{file.name}")
             try:
@@ -127,7 +128,13 @@ class S3Store:
                 raise
             if size != file.size:
                 raise CheckpointError(f"{file.name} has {size} bytes; the manifest says {file.size}")
-            yield from in_order(lambda start, length: self._range(client, bucket, key, start, length, size), size)
+
+            def read(start: int, length: int) -> bytes:
+                data = self._range(client, bucket, key, start, length, size)
+                arrived(data, start)
+                return data
+
+            yield from in_order(read, size)
 
     def _range(self, client, bucket: str, key: str, start: int, length: int, size: int) -> bytes:
         """One range of an object, tried again a few times before its error leaves."""
@@ -221,6 +228,13 @@ class S3Store:
                 raise Missing(f"{address}: there is no such object in the store ({answer})") from error
             # Rights can be mended while the training goes on, so this is no verdict on the checkpoint.
             raise StoreUnavailable(f"{address}: the store refused ({answer}); check the credentials, the bucket and its policy") from error
+
+
+def _write_at(descriptor: int, data: bytes, start: int) -> None:
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(descriptor, left, start)
+        left, start = left[written:], start + written
 
 
 def _status(error) -> int:

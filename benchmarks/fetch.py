@@ -1,0 +1,128 @@
+"""How quickly a checkpoint comes back from the store: `S3Store.fetch`, which hashes what it writes, beside boto3's bare `download_file`.
+
+`python -m benchmarks.fetch` starts local services of its own (or uses those of MLFLOW_TRACKING_URI and AWS_ENDPOINT_URL), fetches the same
+objects in turns, prints a table, and writes benchmarks/results/fetch-MACHINE.json and .md. Takes about two minutes and 3 GB of disk.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe
+from vrt import services
+from vrt.checkpoint.manifest import FileEntry
+from vrt.checkpoint.store import MB, S3Store
+
+ROOT = Path(__file__).resolve().parents[1]
+# Recipe 001 in KAIR's form: G and E with their constant buffers, and the optimizer.
+SIZES = {"1_G.pth": 166 * MB, "1_E.pth": 166 * MB, "1_optimizerG.pth": 246 * MB}
+AIM = 0.8
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure(rounds: int, scratch: Path) -> dict[str, Any]:
+    """Rates in MB/s: every round's, and the median of the rounds' ratios."""
+    # By default boto3 checks each range against the checksum of the whole object where a server sends that with status 200, as rclone does.
+    client = boto3.client("s3", config=Config(s3={"addressing_style": "path"}, response_checksum_validation="when_required"))
+    bucket, key = "mlflow", f"benchmark-fetch-{time.time_ns()}/00000001"
+    address = f"s3://{bucket}/{key}"
+    entries = []
+    for name, size in SIZES.items():
+        content = os.urandom(size)
+        client.put_object(Bucket=bucket, Key=f"{key}/{name}", Body=content)
+        entries.append(FileEntry(name, size, hashlib.sha256(content).hexdigest()))
+    store, target = S3Store(address.rsplit("/", 1)[0]), scratch / "arrived"
+
+    def bare(entry: FileEntry) -> None:
+        client.download_file(bucket, f"{key}/{entry.name}", str(target))
+
+    def ours(entry: FileEntry) -> None:
+        store.fetch(address, entry, target)
+
+    def rate(fetch: Callable[[FileEntry], None]) -> float:
+        taken = 0.0
+        for entry in entries:
+            taken += seconds(lambda entry=entry: fetch(entry))
+            target.unlink()
+        return sum(SIZES.values()) / MB / taken
+
+    # Opens the connections, and brings the objects into the server's cache, for both alike.
+    rate(bare), rate(ours)
+    found: dict[str, list[float]] = {"download_file": [], "fetch": []}
+    for turn in range(rounds):
+        for name, fetch in (("download_file", bare), ("fetch", ours))[:: 1 if turn % 2 else -1]:
+            found[name].append(rate(fetch))
+    store.delete(address)
+    for entry in entries:
+        client.delete_object(Bucket=bucket, Key=f"{key}/{entry.name}")
+    return found | {"ratio": statistics.median(ours / bare for ours, bare in zip(found["fetch"], found["download_file"]))}
+
+
+def rows_of(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, measured, judged) for the table."""
+
+    def spread(name: str) -> str:
+        return f"{statistics.median(found[name]):.0f} MB/s ({min(found[name]):.0f} to {max(found[name]):.0f})"
+
+    return [
+        (f"G, E and optimizer of recipe 001: {sum(SIZES.values()) / MB:.0f} MB", "", ""),
+        ("boto3 download_file", spread("download_file"), ""),
+        ("fetch, hashed on the way", spread("fetch"), f"{found['ratio']:.2f} of it (aim: {AIM})"),
+    ]
+
+
+def write_results(found: dict[str, Any], machine: dict[str, str]) -> Path:
+    name = re.sub(r"[^a-z0-9]+", "-", f"{machine.get('accelerator', machine['processor'])}-{machine['cores']}-cores".lower()).strip("-")
+    path = ROOT / "benchmarks" / "results" / f"fetch-{name}"
+    path.parent.mkdir(exist_ok=True)
+    facts = machine | {"date": datetime.now(UTC).date().isoformat(), "python": platform.python_version()}
+    path.with_suffix(".json").write_text(json.dumps({"machine": facts, "measured": found}, indent=1) + "\n")
+    lines = [f"# Fetching a checkpoint of recipe 001: {machine['processor']}, {machine['cores']} cores", "", "| | measured | |", "|---|---|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows_of(found)]
+    lines += ["", ", ".join(f"{key} {value}" for key, value in facts.items()) + ". Medians; by `python -m benchmarks.fetch`.", ""]
+    path.with_suffix(".md").write_text("\n".join(lines))
+    return path.with_suffix(".md")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fetch", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="how often everything is fetched each way (default: 7)")
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
+        home = Path(scratch) / ".vrt"
+        services.up(home)
+        try:
+            os.environ |= services.load_environment(home)
+            found = measure(rounds, Path(scratch))
+        finally:
+            services.down(home)
+    machine = describe()
+    table = Table("", "measured", "", title=f"fetching a checkpoint of recipe 001 on {machine['processor']}, {machine['cores']} cores")
+    for row in rows_of(found):
+        table.add_row(*row)
+    Console().print(table)
+    Console().print(f"written to {write_results(found, machine).relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
