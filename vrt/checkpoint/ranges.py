@@ -5,24 +5,30 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 RANGE = 8 << 20
-# With those that wait to be hashed and written, at most this many ranges are in memory.
 AT_ONCE = 8
 
 
-def in_order(read: Callable[[int, int], bytes], size: int, length: int = RANGE, at_once: int = AT_ONCE) -> Iterator[bytes]:
-    """Yield the ranges of an object of `size` bytes, one after the other, read ahead by `read(start, length)` in threads.
+def in_order(fill: Callable[[int, memoryview], None], size: int, length: int = RANGE, at_once: int = AT_ONCE) -> Iterator[memoryview]:
+    """Yield the ranges of an object of `size` bytes, one after the other, read ahead in threads by `fill(start, range)`.
 
-    What `read` raises ends it; ranges that nobody waits for any more are not begun.
+    A range is good until the next is asked for: there are `at_once` buffers in all, used again and again.
+    What `fill` raises ends it; ranges that nobody waits for any more are not begun.
     """
     starts = iter(range(0, size, length))
+    free = [memoryview(bytearray(min(length, size))) for _ in range(min(at_once, -(-size // length)))]
     pool = ThreadPoolExecutor(at_once, thread_name_prefix="range")
-    ahead: deque[Future[bytes]] = deque()
+    ahead: deque[tuple[memoryview, memoryview, Future[None]]] = deque()
     try:
         while True:
-            while len(ahead) < at_once and (start := next(starts, None)) is not None:
-                ahead.append(pool.submit(read, start, min(length, size - start)))
+            while free and (start := next(starts, None)) is not None:
+                buffer = free.pop()
+                view = buffer[: min(length, size - start)]
+                ahead.append((buffer, view, pool.submit(fill, start, view)))
             if not ahead:
                 return
-            yield ahead.popleft().result()
+            buffer, view, filled = ahead.popleft()
+            filled.result()
+            yield view
+            free.append(buffer)
     finally:
         pool.shutdown(cancel_futures=True)

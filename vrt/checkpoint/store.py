@@ -1,7 +1,6 @@
 """The store: an S3 bucket that holds what is published. What was put there is read back before it counts."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ class S3Store:
     """A `Store` below `prefix` (s3://bucket/key) of the S3 server that the AWS environment variables describe."""
 
     CHUNK = 1 << 20
+    PIECE = 1 << 18
     TRIES = 4
     SECONDS_BEFORE_ANOTHER_TRY = 0.1
 
@@ -82,8 +82,9 @@ class S3Store:
         digest, arrived = hashlib.sha256(), 0
         try:
             with path.open("xb") as target, progress(f"fetch {file.name}", max(1, file.size // MB), "MB") as bar:
-                for data in self._ranges(address, file, lambda data, start: _write_at(target.fileno(), data, start)):
+                for data in self._ranges(address, file):
                     digest.update(data)
+                    target.write(data)
                     bar.advance((arrived + len(data)) // MB - arrived // MB)
                     arrived += len(data)
             # Not synced, which would take as long again: what a power cut takes is found by its digest, and fetched again.
@@ -113,8 +114,8 @@ class S3Store:
                 found.append(str(error))
         return found
 
-    def _ranges(self, address: str, file: FileEntry, arrived: Callable[[bytes, int], None] = lambda data, start: None) -> Iterator[bytes]:
-        """The object's bytes in order; `arrived` is called with each range and its start, out of order and in several threads.
+    def _ranges(self, address: str, file: FileEntry) -> Iterator[memoryview]:
+        """The object's bytes in order, in pieces that stay in the processor's cache while they are hashed and written.
 
         Raises CheckpointError where the object is missing or not of that size.
         """
@@ -129,33 +130,34 @@ class S3Store:
             if size != file.size:
                 raise CheckpointError(f"{file.name} has {size} bytes; the manifest says {file.size}")
 
-            def read(start: int, length: int) -> bytes:
-                data = self._range(client, bucket, key, start, length, size)
-                arrived(data, start)
-                return data
+            for data in in_order(lambda start, into: self._fill(client, bucket, key, start, into, size), size):
+                yield from (data[position : position + self.PIECE] for position in range(0, len(data), self.PIECE))
 
-            yield from in_order(read, size)
-
-    def _range(self, client, bucket: str, key: str, start: int, length: int, size: int) -> bytes:
-        """One range of an object, tried again a few times before its error leaves."""
+    def _fill(self, client, bucket: str, key: str, start: int, into: memoryview, size: int) -> None:
+        """Fill `into` with the object's bytes from `start` on. What breaks goes on where it broke, a few times, before its error leaves."""
         from botocore.exceptions import BotoCoreError, ClientError
 
+        done = 0
         for attempt in range(1, self.TRIES + 1):
             try:
-                asked = {} if length == size else {"Range": f"bytes={start}-{start + length - 1}"}
+                asked = {} if len(into) == size and not done else {"Range": f"bytes={start + done}-{start + len(into) - 1}"}
                 answer = client.get_object(Bucket=bucket, Key=key, **asked)
                 # By its length, not by its status: some servers answer a range, rightly, with 200.
-                if answer["ContentLength"] != length:
-                    raise StoreUnavailable(f"{key}: asked for {length} bytes from {start} on, the store sends {answer['ContentLength']}")
-                return answer["Body"].read()
+                if answer["ContentLength"] != len(into) - done:
+                    raise StoreUnavailable(f"{key}: asked for {asked}, the store sends {answer['ContentLength']} bytes")
+                while data := answer["Body"].read(min(self.PIECE, len(into) - done)):
+                    into[done : done + len(data)] = data
+                    done += len(data)
+                if done == len(into):
+                    return
+                raise StoreUnavailable(f"{key}: the answer ended after {done} of {len(into)} bytes")
             except (BotoCoreError, ClientError, StoreUnavailable) as error:
                 # What is refused is refused again; a connection may hold the next time.
                 refused = isinstance(error, ClientError) and _status(error) < 500
                 if refused or attempt == self.TRIES:
                     raise
-                log.info("%s: %d bytes from %d on did not arrive (%s); asking again", key, length, start, error)
+                log.info("%s: %d bytes from %d on did not arrive (%s); asking again", key, len(into) - done, start + done, error)
                 time.sleep(self.SECONDS_BEFORE_ANOTHER_TRY * 2**attempt)
-        raise AssertionError("the last try returns or raises")
 
     def delete(self, address: str) -> None:
         """Delete a step, its manifest first: where this is cut off, what is left is no checkpoint. Deleting what is gone does nothing."""
@@ -228,13 +230,6 @@ class S3Store:
                 raise Missing(f"{address}: there is no such object in the store ({answer})") from error
             # Rights can be mended while the training goes on, so this is no verdict on the checkpoint.
             raise StoreUnavailable(f"{address}: the store refused ({answer}); check the credentials, the bucket and its policy") from error
-
-
-def _write_at(descriptor: int, data: bytes, start: int) -> None:
-    left = memoryview(data)
-    while left:
-        written = os.pwrite(descriptor, left, start)
-        left, start = left[written:], start + written
 
 
 def _status(error) -> int:
