@@ -56,6 +56,10 @@ def test_what_is_kept_and_why(registered, rule, damaged, kept):
 one = st.builds(Registered, st.integers(1, 40), st.just("d"), st.just("a"), st.none() | st.floats(0, 50), st.booleans(), st.booleans())
 
 
+def test_what_a_training_that_went_back_registers_stays_below_newer_steps():
+    assert [verdict.step for verdict in retain(at(4, 8, 20), policy(), in_use={4}) if verdict.keep] == [20, 4]
+
+
 @given(st.lists(one, unique_by=lambda one: one.step), st.integers(1, 5), st.integers(0, 7), st.integers(0, 3), st.sets(st.integers(1, 40)))
 def test_the_newest_healthy_what_is_pinned_and_what_is_downloaded_always_stay(registered, last, every, best, damaged):
     kept = {verdict.step for verdict in retain(registered, policy(last, every, best), damaged) if verdict.keep}

@@ -1,6 +1,5 @@
 """Tensor files: equal content is equal bytes, and a bad file is named, not run."""
 
-import collections
 import hashlib
 import io
 import os
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vrt.checkpoint.errors import CheckpointError
-from vrt.checkpoint.serialize import HashingWriter, load, load_network, misfits, sha256_of
+from vrt.checkpoint.serialize import HashingWriter, fitting, load, misfits, optimizer_misfits, sha256_of
 
 TREE = {"weight": torch.arange(12.0).reshape(3, 4), "state": {0: {"step": torch.tensor(3.0), "betas": (0.9, 0.99)}}, "names": ["a", "b"]}
 
@@ -116,20 +115,6 @@ def test_a_missing_file_is_named(tmp_path: Path):
         load(tmp_path / "40_G.pth")
 
 
-@pytest.mark.parametrize("nest", [lambda w: w, lambda w: {"params": w}, lambda w: {"params_ema": w}, lambda w: {"params": {}, "params_ema": w}])
-def test_network_weights_are_found_plain_or_nested(tmp_path: Path, nest):
-    weights = collections.OrderedDict(a=torch.ones(2), b=torch.zeros(3))
-    save(nest(weights), tmp_path / "G.pth")
-    assert {key: value.tolist() for key, value in load_network(tmp_path / "G.pth").items()} == {"a": [1, 1], "b": [0, 0, 0]}
-
-
-@pytest.mark.parametrize("content", [[torch.ones(1)], {"epoch": 3}, torch.ones(1), {"params": {"a": 1}}], ids=["list", "numbers", "tensor", "nested"])
-def test_what_is_no_network_is_named(tmp_path: Path, content: object):
-    save(content, tmp_path / "G.pth")
-    with pytest.raises(CheckpointError, match=r"G\.pth: .*expected a network's state dict"):
-        load_network(tmp_path / "G.pth")
-
-
 def test_every_key_that_does_not_fit_is_named():
     network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     weights = network.state_dict()
@@ -141,3 +126,31 @@ def test_every_key_that_does_not_fit_is_named():
         "unexpected: 2.weight",
         "misshapen: 1.weight is [2, 5], the network has [2, 4]",
     ]
+
+
+def test_what_fits_is_found_by_name_never_by_position():
+    # The same shapes in the same order, under other names but for one.
+    weights = {"first": torch.ones(2), "second": torch.ones(3), "third": torch.ones(2, 2)}
+    network = {"one": torch.zeros(2), "second": torch.zeros(3), "third": torch.zeros(4)}
+    taken, left = fitting(weights, network)
+    assert list(taken) == ["second"]
+    assert left == ["missing: one", "unexpected: first", "misshapen: third is [2, 2], the network has [4]"]
+
+
+@pytest.mark.parametrize(
+    "saved, told",
+    [
+        ([], "found list; expected an optimizer's state dict with `state` and `param_groups`"),
+        ({"state": {}}, "found dict; expected an optimizer's state dict"),
+        ({"state": {}, "param_groups": [{}]}, "a parameter group has no list of parameters"),
+        ({"state": {}, "param_groups": [{"params": [0]}]}, "its groups have [1] parameters, the network's have [2]"),
+        ({"state": {1: 5}, "param_groups": [{"params": [0, 1]}]}, "the state of b is int; expected values by name"),
+        (
+            {"state": {1: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2)}}, "param_groups": [{"params": [0, 1]}]},
+            "misshapen: exp_avg of b is [2], the parameter is [3]",
+        ),
+    ],
+)
+def test_each_way_in_which_an_optimizer_does_not_fit_is_named(saved, told):
+    (problem,) = optimizer_misfits(saved, [[("a", torch.zeros(2)), ("b", torch.zeros(3))]])
+    assert problem.startswith(told)

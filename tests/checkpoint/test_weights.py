@@ -89,3 +89,10 @@ def test_a_missing_file_and_a_file_of_other_things_are_told_apart(tmp_path: Path
     torch.save({"state": {}, "param_groups": []}, tmp_path / "optimizer.pth")
     with pytest.raises(CheckpointError, match="found dict with other things than tensors; expected a network's state dict"):
         read_weights(tmp_path / "optimizer.pth")
+
+
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"epoch": 3}, torch.ones(1), {"params": {"a": 1}}], ids=["list", "numbers", "tensor", "nested"])
+def test_what_is_no_network_is_named(tmp_path: Path, content: object):
+    torch.save(content, tmp_path / "G.pth")
+    with pytest.raises(CheckpointError, match=r"G\.pth: .*expected a network's state dict"):
+        read_weights(tmp_path / "G.pth")

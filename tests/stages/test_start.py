@@ -106,7 +106,9 @@ def test_a_step_is_gone_back_to_once_and_comes_out_the_same(project):
     assert project.versions() == versions
     # Killed and started again, with the params as they are: what was done since is not lost.
     assert "continuing after step 8 of 9" in project.train(9)
-    assert "continuing after step 4 of 9" in project.train(9, resume="4")
+    assert "continuing after step 9 of 9" in project.train(9, resume="4")
+    assert "continuing after step 9 of 9" in project.train(9, resume="auto")
+    assert "continuing after step 4 of 9" in project.train(9, resume="4"), "asked anew"
 
 
 def test_never_and_must_refuse_what_they_are_for(project):
@@ -114,9 +116,9 @@ def test_never_and_must_refuse_what_they_are_for(project):
         project.train(4, resume="must")
     project.train(4, checkpoints__resume="never")
     assert "continuing after step 4 of 5" in project.train(5), "it began so, and is continued where it was killed"
-    with pytest.raises(CheckpointError, match="resume is never, but there are checkpoints up to step 5"):
-        project.train(6, resume="never")
     assert "continuing after step 5 of 6" in project.train(6, resume="must")
+    with pytest.raises(CheckpointError, match="resume is never, but there are checkpoints up to step 6"):
+        project.train(7, resume="never")
 
 
 class Malicious:

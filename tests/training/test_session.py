@@ -11,7 +11,8 @@ from torch import nn
 from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
-from vrt.checkpoint.serialize import load, load_network
+from vrt.checkpoint.serialize import load
+from vrt.checkpoint.weights import read_weights
 from vrt.data.sampler import Batch
 from vrt.model.network import VRT
 from vrt.params import Optimizer, Params
@@ -100,7 +101,7 @@ def test_a_training_that_kair_began_goes_on_as_it_did_there(kair_state, kair_par
 def test_kairs_optimizer_is_plain_data():
     optimizer = load(KAIR / "20_optimizerG.pth")
     assert [group["lr"] for group in optimizer["param_groups"]] == pytest.approx([4e-4, 5e-5], rel=1e-6)
-    assert len(load_network(KAIR / "20_G.pth")) == 349
+    assert len(read_weights(KAIR / "20_G.pth").tensors) == 349
 
 
 def test_weights_of_another_network_are_refused_with_every_key(tmp_path, fresh):
@@ -184,7 +185,7 @@ def test_without_e_in_the_checkpoint_it_starts_as_a_copy_of_g(trained, fresh):
     without = Manifest(**{**vars(manifest), "files": tuple(file for file in manifest.files if file.name != "6_E.pth")})
     state = fresh()
     restore(state, without, trained.folder.path)
-    expected = load_network(trained.folder.path / "6_G.pth")
+    expected = read_weights(trained.folder.path / "6_G.pth").tensors
     assert all(torch.equal(value, expected[key]) for key, value in state.ema.state_dict().items())
     assert not any(parameter.requires_grad for parameter in state.ema.parameters())
 
@@ -203,7 +204,7 @@ def test_a_fork_takes_what_fits_by_name_and_shape_and_lists_the_rest(trained, fr
     parts, left = read_what_fits(state, trained.folder.manifest(6), trained.folder.path)
     untouched = state.network.head.weight.clone()
     put(state, parts)
-    theirs, mine = load_network(trained.folder.path / "6_G.pth"), state.network.state_dict()
+    theirs, mine = read_weights(trained.folder.path / "6_G.pth").tensors, state.network.state_dict()
     for key in ("flow.weight", "flow.bias", "body.0.weight", "body.0.bias"):
         assert torch.equal(mine[key], theirs[key]), key
     assert torch.equal(mine["head.weight"], untouched)

@@ -38,8 +38,8 @@ class Registry(Protocol):
 class Publisher:
     """Publishes and registers committed checkpoints, oldest first, and sends metrics; retries until it is finished."""
 
-    def __init__(self, folder: CheckpointFolder, store: Store, registry: Registry, registered: Callable[[], None] = lambda: None):
-        """`registered` is called after each registration, in the background; what it raises is logged."""
+    def __init__(self, folder: CheckpointFolder, store: Store, registry: Registry, registered: Callable[[Manifest], None] = lambda manifest: None):
+        """`registered` is called with each checkpoint that was registered, in the background; what it raises is logged."""
         self._folder, self._store, self._registry, self._registered = folder, store, registry, registered
         self._changed = threading.Condition()
         self._waiting: list[Manifest] = []
@@ -157,7 +157,7 @@ class Publisher:
             return
         log.info("checkpoint %d registered (%.1f MB in %.1f s)", manifest.step, manifest.size / 1e6, time.monotonic() - started)
         try:
-            self._registered()
+            self._registered(manifest)
         except Exception as error:
             # The checkpoint is registered; what follows from it is done after the next one.
             log.warning("after registering checkpoint %d: %s", manifest.step, error, exc_info=not isinstance(error, StoreUnavailable))

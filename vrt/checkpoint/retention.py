@@ -25,11 +25,12 @@ class Verdict:
     """Why it is kept; nothing, where it is not."""
 
 
-def retain(registered: Iterable[Registered], policy: Checkpoints, damaged: Collection[int] = ()) -> list[Verdict]:
+def retain(registered: Iterable[Registered], policy: Checkpoints, damaged: Collection[int] = (), in_use: Collection[int] = ()) -> list[Verdict]:
     """What becomes of each registered checkpoint, newest first.
 
     What is not registered is not asked about: it may be the only copy there is. Nor does a `damaged` one take the place of a healthy one:
-    the newest healthy is always kept, the damaged are kept until they are repaired.
+    the newest healthy is always kept, the damaged are kept until they are repaired. What is `in_use` stays, too: a training that went back
+    trains below its newest step.
     """
     newest_first = sorted(registered, key=lambda one: -one.step)
     healthy = [one for one in newest_first if one.step not in damaged]
@@ -47,6 +48,8 @@ def retain(registered: Iterable[Registered], policy: Checkpoints, damaged: Colle
             return f"every {policy.keep_every} steps"
         if one.step in best:
             return "one of the best"
+        if one.step in in_use:
+            return "in use"
         return "pinned" if one.pinned else "being downloaded" if one.held else ""
 
     reasons = {one.step: reason(one) for one in newest_first}
@@ -80,13 +83,20 @@ def delete(one: Candidate, folder: CheckpointFolder, store: Shelf, registry: Unr
     folder.delete(one.step)
 
 
-def prune(folder: CheckpointFolder, store: Shelf, registry: Unregister, policy: Checkpoints, damaged: Collection[int] = ()) -> list[int]:
+def prune(
+    folder: CheckpointFolder,
+    store: Shelf,
+    registry: Unregister,
+    policy: Checkpoints,
+    damaged: Collection[int] = (),
+    in_use: Collection[int] = (),
+) -> list[int]:
     """Delete what the policy doesn't keep, oldest first, and what is left of deletions that were cut off. Returns the steps.
 
     Call it where the newest registered checkpoint that is not in `damaged` is known to be healthy: it was just registered, or verified.
     """
     known = registry.registered()
-    going = sorted(verdict.step for verdict in retain(known.values(), policy, damaged) if not verdict.keep)
+    going = sorted(verdict.step for verdict in retain(known.values(), policy, damaged, in_use) if not verdict.keep)
     for step in going:
         delete(Candidate(step, True, known[step]), folder, store, registry)
     if going:

@@ -59,17 +59,6 @@ def load(path: Path) -> Any:
         raise CheckpointError(f"{path}: can't be read as tensors and plain values ({reason}); restore it or delete it") from error
 
 
-def load_network(path: Path) -> dict[str, torch.Tensor]:
-    """Network weights by name, plain or nested under `params` / `params_ema` as some published files have them."""
-    content = load(path)
-    for nesting in ("params_ema", "params"):
-        if isinstance(content, Mapping) and isinstance(content.get(nesting), Mapping):
-            content = content[nesting]
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise CheckpointError(f"{path}: found {type(content).__name__} with other things than tensors; expected a network's state dict")
-    return dict(content)
-
-
 def fitting(weights: Mapping[str, torch.Tensor], network: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """What of `weights` has the name and the shape that `network` has, and the rest as `misfits` lists it.
 

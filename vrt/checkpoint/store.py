@@ -33,7 +33,7 @@ class S3Store:
     """A `Store` below `prefix` (s3://bucket/key) of the S3 server that the AWS environment variables describe."""
 
     CHUNK = 1 << 20
-    PIECE = 1 << 18
+    PIECE = 1 << 20
     TRIES = 4
     SECONDS_BEFORE_ANOTHER_TRY = 0.1
 

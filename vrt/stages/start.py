@@ -61,17 +61,18 @@ def resume(
     registry: Curator,
     policy: ResumePolicy,
     total_steps: int,
-    once: bool,
     note: Note,
 ) -> bool:
     """Bring `state` to where `policy` lets it begin. False: that is step 1.
 
-    `once`: what says how to begin (`ResumePolicy.begins`) was done if the run says so, and the newest checkpoint is next.
+    What says how to begin (`ResumePolicy.begins`) was done if the run says so, and the newest checkpoint is next: the same command again
+    continues what it started. Any other policy in between clears that.
     Raises CheckpointError where the policy can't be followed; the reasons are noted on the run, too.
     """
     lineage = registry.lineage.id
-    if once and policy.begins and registry.noted("began") == str(policy):
-        log.info("%s: resume: %s was done by an earlier attempt; going on from the newest checkpoint", lineage, policy)
+    if policy.begins and registry.noted("began") == str(policy):
+        again = "to begin so again, start once with `vrt train --resume auto` in between"
+        log.info("%s: resume: %s was done by an earlier attempt; going on from the newest checkpoint (%s)", lineage, policy, again)
         policy = AUTO
     else:
         note("began", str(policy) if policy.begins else "")

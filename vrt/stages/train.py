@@ -68,8 +68,7 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
         refuse_surprise(lineage, policy)
         with keeping(lineage, params) as keeper:
             state = build_state(params, device)
-            once = resume_from is None
-            if resume(state, keeper.folder, keeper.store, keeper.registry, policy, params.train.total_steps, once, keeper.publisher.note):
+            if resume(state, keeper.folder, keeper.store, keeper.registry, policy, params.train.total_steps, keeper.publisher.note):
                 catch_up(keeper, state)
             sink = SnapshotSink(keeper.saver, keeper.publisher, facts(lineage, keeper.registry))
             with closing(training_batches(data, params, state.step + 1, params.train.total_steps)) as batches:
@@ -104,7 +103,7 @@ def keeping(lineage: Lineage, params: Params) -> Iterator[Keeper]:
     registry = Curator(lineage)
     registry.open(flatten(params.model_dump(mode="json")) | lineage.identity, run_tags(lineage))
     store = S3Store(registry.checkpoints_address)
-    publisher = Publisher(folder, store, registry, lambda: prune(folder, store, registry, params.checkpoints))
+    publisher = Publisher(folder, store, registry, lambda manifest: prune(folder, store, registry, params.checkpoints, in_use={manifest.step}))
     keeper = Keeper(folder, store, registry, publisher, Saver(folder, publisher))
     publisher.start()
     try:
