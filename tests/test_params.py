@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from vrt.params import Params, ParamsError, fingerprint, flatten, load_params, read_yaml
+from vrt.params import Params, fingerprint, flatten, load_params
+from vrt.typed_yaml import ParamsError, read_yaml
 
 PROJECT = Path(__file__).resolve().parents[1]
 QUICKSTART = PROJECT / "recipes" / "quickstart.yaml"
@@ -47,6 +48,7 @@ train:
   total_steps: 160
   batch_size: 1
   frames: 6
+  mirrored_frames: 0
   crop: 64
   ema_decay: 0.98
   deterministic: false

@@ -8,7 +8,8 @@ import pytest
 
 from vrt.data.clips import PreparedData, writing
 from vrt.data.prepare import prepare
-from vrt.params import Params, parse, read_yaml
+from vrt.params import Params
+from vrt.typed_yaml import parse, read_yaml
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "data" / "raw" / "quickstart"

@@ -6,7 +6,7 @@ import pytest
 
 from vrt.data.clips import DataError
 from vrt.data.dataset import Frames, Synthetic, Video, load_dataset
-from vrt.params import ParamsError
+from vrt.typed_yaml import ParamsError
 
 QUICKSTART = Path(__file__).parents[2] / "data" / "raw" / "quickstart"
 VIDEO = """

@@ -6,8 +6,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from vrt.data.clips import PreparedData
-from vrt.params import Data, Evaluate, Network, Noise, Optimizer, Params, Section, Train, load_params
+from vrt.params import Data, Evaluate, Network, Noise, Optimizer, Params, Train, load_params
 from vrt.stages.evaluate import run_evaluation
+from vrt.typed_yaml import Section
 
 SECTIONS = {Params: "", Data: "data.", Evaluate: "evaluate.", Network: "network.", Noise: "degradation.", Optimizer: "optimizer.", Train: "train."}
 
