@@ -132,6 +132,8 @@ class Network(Section):
             found = f"deformable_groups {groups} is no multiple of {reach} (half of pa_frames {self.pa_frames})"
             raise ValueError(f"{found}; choose one, such as {4 * reach}")
         for i, dim in enumerate(self.embed_dims[:7]):
+            if dim % reach:
+                raise ValueError(f"embed_dims[{i}] = {dim} is no multiple of {reach} (half of pa_frames {self.pa_frames}); choose one")
             if dim * reach % groups:
                 together = f" x {reach} frames on a side" if reach > 1 else ""
                 raise ValueError(f"embed_dims[{i}] = {dim}{together} does not divide into deformable_groups = {groups}; choose a divisor")

@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog=f"layouts, and what the folder to import holds:\n{layouts}",
     )
     importing.add_argument(
-        "source", type=Path, metavar="VIDEO_OR_FOLDER", help="any video file, a folder of PNG or JPEG frames, or with --layout of clips"
+        "source", type=Path, metavar="VIDEO_OR_FOLDER", help="any video file, or a folder of PNG or JPEG frames, with --layout of clips"
     )
     importing.add_argument("--name", required=True, help="name of the new data set: a folder below data/raw/")
     importing.add_argument("--layout", choices=LAYOUTS, help="how the folder's clips lie in it (default: one video, or the frames of one)")

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -123,7 +124,20 @@ class PreparedData:
         return cls(root, index, hashlib.sha256(text).hexdigest())
 
     def clips(self, split: Split) -> tuple[Clip, ...]:
-        return tuple(clip for clip in self.index.clips if clip.split == split)
+        return self._by_split[split]
+
+    def lengths(self, split: Split) -> np.ndarray:
+        """Frames of each of `clips`."""
+        return self._lengths[split]
+
+    @cached_property
+    def _by_split(self) -> dict[Split, tuple[Clip, ...]]:
+        # Once: a data set can have 90,000 clips, and every sample asks.
+        return {split: tuple(clip for clip in self.index.clips if clip.split == split) for split in SPLITS}
+
+    @cached_property
+    def _lengths(self) -> dict[Split, np.ndarray]:
+        return {split: np.array([clip.frames for clip in clips], int) for split, clips in self._by_split.items()}
 
     def read(self, clip: Clip, first_frame: int, frames: int, top: int, left: int, height: int, width: int, recorded: bool = False) -> np.ndarray:
         """A crop of some frames, or of their degraded recording: uint8, (frames, height, width, 3), a copy of its own.

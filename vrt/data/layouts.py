@@ -105,7 +105,7 @@ def _vimeo(root: Path) -> list[SourceClip]:
     def clips(part: str) -> list[tuple[str, Path, None]]:
         return [(name.replace("/", "_"), root / "sequences" / name, None) for name in _listed(root / f"sep_{part}list.txt")]
 
-    # A septuplet is short: as many as eight clips of other sets have frames.
+    # Septuplets are short: 64 have about as many frames as 8 clips of other sets.
     return _with_validation(clips("train"), clips("test"), most=64)
 
 
