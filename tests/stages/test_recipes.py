@@ -8,18 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 
+from vrt import cli
 from vrt.data.importing import import_dataset
 from vrt.data.prepare import prepare
-from vrt.data.sampler import training_batches
+from vrt.data.sampler import training_batches, window_frames
 from vrt.evaluation.run import evaluate
+from vrt.observe import log
 from vrt.params import Params, load_params
-from vrt.stages.recipes import find_recipe, outline
+from vrt.stages.recipes import RECIPES, find_recipe, outline
 from vrt.training.loop import take_step
 from vrt.training.session import build_state
 from vrt.typed_yaml import parse, read_yaml
 
 TASKS = [f"{number:03}" for number in range(1, 10)]
 LAYOUTS = Path(__file__).parents[1] / "fixtures" / "layouts"
+
+
+@pytest.fixture
+def log_lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the commands say to their user, as it is said."""
+    lines: list[str] = []
+    monkeypatch.setattr(log, "handle", lambda record: lines.append(record.getMessage()))
+    return lines
 
 
 @pytest.fixture(autouse=True)
@@ -80,11 +90,10 @@ def test_the_training_of_a_recipe_is_the_published_one(task: str):
 def test_a_recipe_trains_and_is_evaluated_on_its_data_set_as_that_unpacks(task: str, published_copy, tmp_path: Path):
     recipe = find_recipe(task)
     params = shrunk(recipe)
-    frames = {"reds": 16, "vimeo": 7}.get(params.data.dataset, 6)
     size = (36, 44) if params.network.upscale == 4 else (18, 22)
     command = re.search(r"vrt data import \S+ --name (\S+) --layout (\S+)", recipe.read_text())
     assert command and command[1] == params.data.dataset
-    raw = import_dataset(published_copy(command[2], frames, size), command[1], tmp_path / "raw", command[2])
+    raw = import_dataset(published_copy(command[2], window_frames(params), size), command[1], tmp_path / "raw", command[2])
     data = prepare(raw, tmp_path / "prepared")
 
     state = build_state(params, torch.device("cpu"))
@@ -101,6 +110,68 @@ def test_a_recipe_trains_and_is_evaluated_on_its_data_set_as_that_unpacks(task: 
     learning = {name.split(".")[0] for name, parameter in state.network.named_parameters() if parameter.grad is not None and parameter.grad.any()}
     assert learning == {name.split(".")[0] for name, _ in state.network.named_parameters()}
     for split in ("val", "test"):
-        evaluation = evaluate(state.released, data, params, split)
-        assert [row.name for row in evaluation.rows] == [clip.name for clip in data.clips(split)]
+        evaluation = evaluate(state.released, data, params, split, limit=2)
+        assert [row.name for row in evaluation.rows] == [clip.name for clip in data.clips(split)][:2]
         assert 0 < evaluation.means.restored.psnr < 60 and 0 < evaluation.means.input.psnr < 60
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_init_writes_a_recipe_by_its_number_or_name(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    name = next(path.stem for path in RECIPES.glob(f"{task}_*"))
+    assert cli.main(["init", "--recipe", task]) == 0
+    assert cli.main(["init", "--recipe", name, "--params", "again.yaml"]) == 0
+    assert (tmp_path / "params.yaml").read_bytes() == (tmp_path / "again.yaml").read_bytes() == (RECIPES / f"{name}.yaml").read_bytes()
+
+
+def test_init_tells_how_to_bring_in_the_data_set_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "--recipe", "006"]) == 0
+    assert "next: `vrt data import YOUR_COPY --name gopro --layout gopro` (params.yaml says what that copy holds), then dvc repro" in log_lines[-1]
+    (tmp_path / "data/raw/gopro").mkdir(parents=True)
+    (tmp_path / "data/raw/gopro/dataset.yaml").touch()
+    assert cli.main(["init", "--recipe", "006", "--params", "other.yaml"]) == 0
+    assert log_lines[-1] == "other.yaml: recipe 006_videodeblurring_GoPro; next: dvc repro"
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("00", "recipe '00': could be any of: 001_videosr_bi_REDS_6frames, 002_"),
+        ("010", "recipe '010': not found in "),
+        ("", "recipe '': not found in "),
+        ("../recipes/quickstart", "there are: 001_videosr_bi_REDS_6frames, "),
+    ],
+)
+def test_a_recipe_that_is_none_or_several_is_refused_with_those_there_are(name: str, expected: str, tmp_path: Path, log_lines):
+    assert cli.main(["init", "--recipe", name, "--params", str(tmp_path / "params.yaml")]) == 2
+    assert expected in log_lines[-1]
+    assert not (tmp_path / "params.yaml").exists()
+
+
+def test_recipes_lists_every_recipe_and_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert re.search(r"006 .* Deblurring .* gopro .* 6x192x192 .* 18.3 M .* 300,000", shown)
+    assert re.search(r"001 .* reds .* 6x64x64 .* 30.7 M", shown)
+    assert re.search(r"gopro .* 006 .* \{train,test\}/CLIP/\{blur,sharp\}/... .* no", shown)
+
+
+def test_recipes_as_json_for_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/raw/reds").mkdir(parents=True)
+    (tmp_path / "data/raw/reds/dataset.yaml").touch()
+    assert cli.main(["recipes", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
+    assert {name[:3]: row["parameters"] for name, row in rows.items() if name[:3] in TASKS} == {
+        task: published(task)["total_parameters"] for task in TASKS
+    }
+    nine = rows["009_videofi_Vimeo_4frames"]
+    assert (nine["dataset"], nine["frames"], nine["side"], nine["batch_size"], nine["steps"]) == ("vimeo", 4, 192, 8, 300_000)
+    assert (nine["dataset_here"], nine["data_import"]) == (False, "vrt data import YOUR_COPY --name vimeo --layout vimeo")
+    assert (rows["001_videosr_bi_REDS_6frames"]["dataset_here"], rows["001_videosr_bi_REDS_6frames"]["data_import"]) == (True, None)
+    assert "sep_trainlist.txt" in nine["data_folders"]
