@@ -47,9 +47,8 @@ def _check_clip(clip: Clip, params: Params) -> None:
         raise DataError(f"clip {clip}: {NO_RECORDING}")
     wanted = window_frames(params)
     if clip.frames < wanted and (trained or between):
-        spans = f"{wanted} frames for train.frames = {params.train.frames}" if between or params.train.mirrored_frames else ""
-        spans = spans or f"train.frames = {wanted} frames"
-        raise DataError(f"clip {clip}: expected at least {spans}, found {clip.frames}; lower train.frames or use longer clips")
+        needed = f"train.frames = {wanted} frames" if wanted == params.train.frames else f"{wanted} frames for train.frames = {params.train.frames}"
+        raise DataError(f"clip {clip}: expected at least {needed}, found {clip.frames}; lower train.frames or use longer clips")
     if trained and min(clip.height, clip.width) < params.train.crop:
         raise DataError(
             f"clip {clip}: expected frames of at least train.crop = {params.train.crop} pixels, found {clip.height}x{clip.width}; "
