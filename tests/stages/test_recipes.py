@@ -1,8 +1,10 @@
 """The nine published trainings: each recipe is the published network, and trains and is evaluated on its data set as that unpacks."""
 
 import json
+import logging
 import lzma
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from vrt.data.prepare import prepare
 from vrt.data.sampler import training_batches, window_frames
 from vrt.evaluation.run import evaluate
 from vrt.observe import log
-from vrt.params import Params, load_params
+from vrt.params import Params, flatten, load_params
 from vrt.stages.recipes import RECIPES, find_recipe, outline
 from vrt.training.loop import take_step
 from vrt.training.session import build_state
@@ -24,10 +26,17 @@ TASKS = [f"{number:03}" for number in range(1, 10)]
 LAYOUTS = Path(__file__).parents[1] / "fixtures" / "layouts"
 
 
+@pytest.fixture(autouse=True)
+def log_as_the_tests_have_it(monkeypatch: pytest.MonkeyPatch):
+    """A command in this process must not leave the log a handler that writes to this test's captured stderr."""
+    monkeypatch.setattr("vrt.observe.set_up_logging", lambda: None)
+
+
 @pytest.fixture
-def log_lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def log_lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the commands say to their user, as it is said."""
     lines: list[str] = []
+    caplog.set_level(logging.INFO, log.name)
     monkeypatch.setattr(log, "handle", lambda record: lines.append(record.getMessage()))
     return lines
 
@@ -175,3 +184,22 @@ def test_recipes_as_json_for_programs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (nine["dataset_here"], nine["data_import"]) == (False, "vrt data import YOUR_COPY --name vimeo --layout vimeo")
     assert (rows["001_videosr_bi_REDS_6frames"]["dataset_here"], rows["001_videosr_bi_REDS_6frames"]["data_import"]) == (True, None)
     assert "sep_trainlist.txt" in nine["data_folders"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("task", ["006", "009"])
+def test_the_commands_that_a_recipe_names_lead_to_its_results(task: str, make_workspace, published_copy):
+    workspace = make_workspace(f"recipe{task}")
+    params = shrunk(find_recipe(task))
+    (workspace.root / "params.yaml").unlink()
+    shutil.copytree(RECIPES, workspace.root / "recipes")
+    assert workspace.run("vrt", "init", "--recipe", task).returncode == 0
+    _, _, _, *importing = re.search(r"vrt data import \S+ --name \S+ --layout \S+", (workspace.root / "params.yaml").read_text())[0].split()
+    copy = published_copy(params.data.dataset, window_frames(params), (18, 22))
+    ended = workspace.run("vrt", "data", "import", str(copy), *importing[1:])
+    assert ended.returncode == 0 and f"set data.dataset: {params.data.dataset} in params.yaml" in ended.stdout, ended.stdout
+    workspace.edit(**{key.replace(".", "__"): value for key, value in flatten(params.model_dump(mode="json")).items() if key != "name"})
+    for command in ("prepare", "train", "evaluate"):
+        ended = workspace.run("vrt", command)
+        assert ended.returncode == 0, ended.stdout
+    assert "dB PSNR" in ended.stdout and "Evaluation of split test" in ended.stdout

@@ -71,7 +71,7 @@ def _reds_pairs(root: Path, kinds: tuple[str, ...]) -> list[SourceClip]:
     found: dict[str, list[Path]] = {}
     for part, first in (("train", 0), ("val", REDS_TRAINING_CLIPS)):
         folders = [_either(root / part / f"{part}_{kind}", root / f"{part}_{kind}") for kind in kinds]
-        for clip in _subfolders(folders[0]):
+        for clip in [_subfolders(folder) for folder in folders][0]:
             if not clip.name.isdecimal():
                 raise DataError(f"{clip}: expected a clip named by its number, such as 000, found {clip.name!r}; move it away")
             found[f"{int(clip.name) + first:03}"] = [folder / clip.name for folder in folders]
