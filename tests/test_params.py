@@ -334,7 +334,7 @@ def test_each_knob_either_defines_the_training_or_is_free(written):
 def test_every_number_of_neighbours_that_passes_builds_a_network(written, changes: dict):
     params = load_params(written(changes))
     frames = params.network.img_size[0]
-    restored = build_network(params.network)(torch.rand(1, frames, 3, 16, 16))
+    restored = build_network(params)(torch.rand(1, frames, 3, 16, 16))
     assert restored.shape == (1, 1 if changes is BETWEEN else frames, 3, 16, 16)
 
 

@@ -125,7 +125,7 @@ LAYOUTS: dict[str, Layout] = {
     "reds": Layout("REDS, sharp frames", "train/train_sharp/000/..., val/val_sharp/000/...", _reds),
     "reds-blur": Layout("REDS, pairs of blurred and sharp frames", "as reds, and train/train_blur/..., val/val_blur/...", _reds_blur),
     "vimeo": Layout("Vimeo-90K septuplets", "sequences/00001/0001/im1.png..., sep_trainlist.txt, sep_testlist.txt", _vimeo),
-    "dvd": Layout("DVD, pairs of blurred and sharp frames", "quantitative_datasets/CLIP/{input,GT}/...", _dvd),
+    "dvd": Layout("DVD, pairs of blurred and sharp frames", "quantitative_datasets/CLIP/{input,GT}", _dvd),
     "gopro": Layout("GoPro, pairs of blurred and sharp frames", "{train,test}/CLIP/{blur,sharp}/...", _gopro),
     "davis": Layout("DAVIS 2017 at 480p, with test-dev", "JPEGImages/480p/CLIP/..., ImageSets/2017/{train,val,test-dev}.txt", _davis),
     "clips": Layout("clips of your own", "{train,val,test}/CLIP/..., or {train,val,test}/CLIP/{sharp,degraded}/... for pairs", _own),

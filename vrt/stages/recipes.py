@@ -15,7 +15,6 @@ from vrt.data.cli import RAW
 from vrt.data.layouts import LAYOUTS
 from vrt.model.network import VRT
 from vrt.params import Network, Params, load_params
-from vrt.training.session import build_network
 from vrt.typed_yaml import ParamsError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -84,7 +83,7 @@ def import_command(dataset: str) -> str:
 def outline(settings: Network) -> VRT:
     """The network of a params file with shapes and no content, which takes little time and no memory."""
     with torch.device("meta"), _DropRatesOnCpu():
-        return build_network(settings)
+        return VRT(**settings.model_dump())
 
 
 class _DropRatesOnCpu(TorchFunctionMode):
