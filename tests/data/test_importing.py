@@ -240,6 +240,10 @@ def test_the_clips_of_a_layout_come_through_exactly(layout: str, pairs: bool, pu
             r"blur/00000002.png: expected a frame 00000002 in .*sharp too, found none; add it there",
         ),
         (lambda clip: (clip / "blur/00000002.png").write_bytes(b"no image"), r"00000002.png: expected an image, found a file that can't be read"),
+        (
+            lambda clip: shutil.copy(clip / "blur/00000002.png", clip / "blur/00000002.jpg"),
+            r"blur: expected one frame of each name, found 3 sharp and 4 degraded ones; remove the copies",
+        ),
         (lambda clip: shrink(clip / "blur"), r"blur: expected frames of the size of the sharp ones, 12x20; found 6x10; use pairs of one size"),
         (lambda clip: clip.rename(clip.with_name("a clip")), r"expected a clip name of letters, digits, .*, found 'a clip'; rename that folder"),
         (lambda clip: shutil.rmtree(clip / "blur"), r"blur: expected a folder of frames, found none"),

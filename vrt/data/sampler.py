@@ -29,7 +29,7 @@ class Batch:
     degraded: Tensor
     """(B, D, C, h, w) float32. C is 3, or 4 with the noise level (sigma / 255, constant) last. Noise may leave [0, 1]."""
     truth: Tensor
-    """(B, D, 3, H, W) float32 in [0, 1]; for `between` (B, T, 3, H, W), the frame in the middle of each D (training) or params.train.frames."""
+    """(B, D, 3, H, W) float32 in [0, 1]; for `between` (B, T, 3, H, W), the frames to make: one in training, several of a whole clip."""
 
 
 def check_sampling(data: PreparedData, params: Params) -> None:
