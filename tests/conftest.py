@@ -196,13 +196,13 @@ def make_workspace(tmp_path: Path, local_services: "LocalServices", tiny_data: P
     return make
 
 
-def write_images(folder: Path, count: int, size: tuple[int, int], seed: int, first: int = 0) -> None:
-    """`count` small images of slowly moving texture, named by number as published data sets name theirs."""
+def write_images(folder: Path, name: str, count: int, size: tuple[int, int], seed: int) -> None:
+    """`count` small images of slowly moving texture; `name` has a place for the number, from 1."""
     height, width = size
     folder.mkdir(parents=True)
     texture = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1 + count, 3), np.uint8).repeat(4, 0).repeat(4, 1)
     for number in range(count):
-        Image.fromarray(texture[:height, number : number + width]).save(folder / f"{number + first:08}.png")
+        Image.fromarray(texture[:height, number : number + width]).save(folder / name.format(number + 1))
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def published_copy(tmp_path: Path) -> Callable[..., Path]:
 
         def write(*folders: str) -> None:
             for folder in folders:
-                write_images(root / folder, frames, size, next(seeds))
+                write_images(root / folder, "im{}.png" if layout == "vimeo" else "{:08}.png", frames, size, next(seeds))
 
         def listed(path: str, *names: str) -> None:
             (root / path).parent.mkdir(parents=True, exist_ok=True)

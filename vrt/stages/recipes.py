@@ -130,7 +130,8 @@ def dataset_table(recipes: list[Recipe]) -> Table:
         needing.setdefault(recipe.dataset, []).append(recipe)
     for dataset, users in needing.items():
         numbers = ", ".join(recipe.name.split("_")[0] for recipe in users)
-        table.add_row(dataset, numbers, _folders(dataset) or "comes with the project", "yes" if users[0].dataset_here else "no")
+        here = users[0].dataset_here
+        table.add_row(dataset, numbers, _folders(dataset) or ("nothing to bring in" if here else "your own clips"), "yes" if here else "no")
     return table
 
 
