@@ -1,15 +1,12 @@
 """`vrt recipes`: the params files to start from, and what each needs."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
-from torch.overrides import TorchFunctionMode
 
 from vrt.data.cli import RAW
 from vrt.data.layouts import LAYOUTS
@@ -82,15 +79,8 @@ def import_command(dataset: str) -> str:
 @cache
 def outline(settings: Network) -> VRT:
     """The network of a params file with shapes and no content, which takes little time and no memory."""
-    with torch.device("meta"), _DropRatesOnCpu():
+    with torch.device("meta"):
         return VRT(**settings.model_dump())
-
-
-class _DropRatesOnCpu(TorchFunctionMode):
-    """On the device "meta" tensors have a shape and no content, but the network reads its drop path rates from one."""
-
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return function(*args, **(kwargs or {}) | ({"device": "cpu"} if function is torch.linspace else {}))
 
 
 def as_json(recipes: list[Recipe]) -> str:
