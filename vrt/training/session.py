@@ -12,7 +12,7 @@ from vrt.checkpoint.publisher import Publisher, Saver
 from vrt.checkpoint.serialize import load, misfits
 from vrt.checkpoint.weights import read_weights
 from vrt.model.network import VRT
-from vrt.params import Params
+from vrt.params import Network, Params
 from vrt.training.ema import copy_for_ema
 from vrt.training.history import History, Row
 from vrt.training.loop import TrainingState
@@ -21,15 +21,15 @@ from vrt.training.optim import make_optimizer
 NETWORK, EMA, OPTIMIZER, HISTORY, PREVIEW = "G.pth", "E.pth", "optimizerG.pth", "history.jsonl", "preview.png"
 
 
-def build_network(params: Params) -> VRT:
+def build_network(settings: Network, activation_checkpointing: bool = False) -> VRT:
     """The network of the params file, freshly initialised from torch's generator."""
-    return VRT(**params.network.model_dump(), use_checkpoint=params.train.activation_checkpointing)
+    return VRT(**settings.model_dump(), use_checkpoint=activation_checkpointing)
 
 
 def build_state(params: Params, device: torch.device) -> TrainingState:
     """The state before step 1, a function of the seed."""
     torch.manual_seed(params.seed)
-    network = build_network(params).to(device)
+    network = build_network(params.network, params.train.activation_checkpointing).to(device)
     ema = copy_for_ema(network) if params.train.ema_decay else None
     return TrainingState(network, ema, make_optimizer(network, params.optimizer), History(), 0)
 
