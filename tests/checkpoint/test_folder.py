@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import FileEntry, Manifest
+from vrt.checkpoint.serialize import sha256_of
 
 
 def test_a_commit_is_complete_and_verifies(folder, commit, names, lineage):
@@ -21,6 +23,24 @@ def test_a_commit_is_complete_and_verifies(folder, commit, names, lineage):
     digests = subprocess.run(["sha256sum", *names(folder)[:2]], cwd=folder.path, capture_output=True, text=True, check=True).stdout
     assert digests == "".join(f"{file.sha256}  {file.name}\n" for file in manifest.files)
     assert folder.manifest(40) == manifest
+
+
+def test_files_are_written_side_by_side_and_each_is_told_of_once_it_is_there(folder, lineage):
+    meeting, told = threading.Barrier(2), []
+
+    def write(file):
+        # Written one after the other, they would never meet.
+        meeting.wait(60)
+        file.write(b"content")
+
+    def written(file: FileEntry):
+        assert sha256_of(folder.path / file.name) == file.sha256
+        assert not (folder.path / "40_manifest.json").exists()
+        told.append(file.name)
+
+    manifest = folder.commit(40, {"G.pth": write, "E.pth": write}, lambda files: Manifest(lineage, 40, files, {}, {}, {}), written)
+    assert sorted(told) == ["40_E.pth", "40_G.pth"]
+    assert [file.name for file in manifest.files] == ["40_G.pth", "40_E.pth"]
 
 
 def test_steps_are_listed_by_number_newest_first(folder, commit):
