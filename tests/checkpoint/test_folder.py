@@ -125,6 +125,40 @@ def test_a_full_disk_costs_the_saves_that_do_not_fit_and_nothing_else(tmp_path: 
     assert (found["80"]["failure"], found["published"]) == ("None", [20, 80])
 
 
+# Saves, with the folder made read-only by a real mount in between.
+REMOUNT = """
+import json, subprocess, sys, torch
+from pathlib import Path
+from vrt.checkpoint.folder import CheckpointFolder
+from vrt.checkpoint.saver import Saver
+
+class Published(list):
+    publish = lambda self, manifest, started: self.append(manifest.step)
+    ahead = send = note = lambda self, *_: None
+
+folder, published = CheckpointFolder(Path(sys.argv[1])), Published()
+folder.prepare()
+saver, found = Saver(folder, published), {}
+for step, mode in ((20, "rw"), (40, "ro"), (60, "rw")):
+    subprocess.run(["mount", "-o", f"remount,{mode},bind", folder.path], check=True)
+    saver.save(step, {"G.pth": {"a": torch.zeros(10)}}, {}, {"lineage": "tiny-0123456789", "metrics": {}, "identity": {}, "origin": {}})
+    saver.wait()
+    found[step] = [str(saver.failure), folder.problems(20, "tiny-0123456789"), saver.safe_step, str(saver.must_stop)]
+print(json.dumps([found, published]))
+"""
+BOUND = ("unshare", "--mount", "sh", "-c", 'mount --bind "$1" "$1" && shift && exec "$@"', "sh")
+
+
+def test_a_folder_that_turns_read_only_costs_the_saves_meanwhile_and_nothing_else(folder, child):
+    if not can_mount(folder.path.parent):
+        pytest.skip("needs the right to mount")
+    output, errors = child(REMOUNT, folder.path, before=(*BOUND, str(folder.path))).communicate()
+    assert output, errors
+    found, published = json.loads(output)
+    assert found["40"] == [f"{folder.path}: step 40 could not be saved (Read-only file system); make the folder writable", [], 20, "None"]
+    assert (found["60"], published) == (["None", [], 60, "None"], [20, 60])
+
+
 # Stops for ever at the point given, having said so.
 HANG = """
 import sys, time

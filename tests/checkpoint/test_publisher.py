@@ -269,7 +269,7 @@ class FencedOut:
 @pytest.mark.parametrize("asked, arrived", [(0, []), (1, [("published", 2)]), (2, both(2))])
 def test_who_lost_the_lineage_registers_nothing_more_and_says_why(folder, commit, asked: int, arrived: list):
     recorder = Recorder()
-    publisher = Publisher(folder, recorder, recorder, FencedOut(asked))
+    publisher = Publisher(folder, recorder, recorder, fence=FencedOut(asked))
     publisher.publish(commit(folder, 2))
     publisher.publish(commit(folder, 4))
     publisher.start()

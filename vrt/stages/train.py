@@ -112,7 +112,7 @@ def keeping(registry: MlflowRegistry, lease: Lease, params: Params) -> Iterator[
     folder.prepare()
     registry.begin_attempt(run_tags())
     store = S3Store(registry.checkpoints_address)
-    publisher = Publisher(folder, store, registry, lease)
+    publisher = Publisher(folder, store, registry, fence=lease)
     keeper = Keeper(lease, folder, store, registry, publisher, Saver(folder, publisher, params.checkpoints.most_failed_saves))
     publisher.start()
     try:
