@@ -193,6 +193,20 @@ def test_of_two_that_wrote_the_same_claim_the_overwritten_one_finds_out(board, t
         first.validate()
 
 
+def test_who_is_overwritten_in_the_very_moment_of_claiming_looks_again(board, take, monkeypatch):
+    create = board.create
+
+    def create_and_be_overwritten(name: str, text: str) -> bool:
+        monkeypatch.setattr(board, "create", create)
+        created = create(name, text)
+        enter(board, elsewhere(1))
+        return created
+
+    monkeypatch.setattr(board, "create", create_and_be_overwritten)
+    # The other is silent, so it is followed; it was not taken for this trainer's own claim.
+    assert take(board).token == 2
+
+
 def test_an_outage_neither_loses_the_lineage_nor_lets_anything_be_published(board, take, caplog):
     first = take(board)
     board.down = True

@@ -132,8 +132,7 @@ def test_steps_are_saved_when_their_validation_fails(params, fresh, attempt, tmp
     assert [row["step"] for row in resumed.state.history.rows if "val/psnr" in row] == [2, 3, 4, 6]
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt(), RuntimeError("CUDA out of memory")])
-@pytest.mark.parametrize("failing", [3, 5, 6])
+@pytest.mark.parametrize("failing, error", [(3, OSError(5, "Input/output error")), (5, KeyboardInterrupt()), (6, RuntimeError("CUDA out of memory"))])
 def test_the_newest_whole_step_is_saved_before_an_error_ends_the_training(params, fresh, attempt, tmp_path, whole, monkeypatch, error, failing):
     forward = type(whole.state.network).forward
     calls = []
@@ -144,12 +143,15 @@ def test_the_newest_whole_step_is_saved_before_an_error_ends_the_training(params
             raise error
         return forward(network, clip)
 
+    stopped = attempt(params, tmp_path / "stopped", fresh(), first_to_stop=failing - 1)
     monkeypatch.setattr(type(whole.state.network), "forward", fail_once)
     with pytest.raises(type(error)):
         attempt(params, tmp_path / "parts", fresh())
     assert CheckpointFolder(tmp_path / "parts").steps()[0] == failing - 1
+    for name in ("G.pth", "E.pth", "optimizerG.pth"):
+        # The step that failed had set its own learning rate: no trace of it.
+        assert (tmp_path / "parts" / f"{failing - 1}_{name}").read_bytes() == stopped.files(failing - 1)[f"{failing - 1}_{name}"]
     resumed = attempt(params, tmp_path / "parts", fresh())
-    # The step that failed had set its own learning rate: no trace of it.
     found, expected = resumed.files(6), whole.files(6)
     assert [name for name in expected if found[name] != expected[name]] == []
 

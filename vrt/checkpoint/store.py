@@ -4,7 +4,7 @@ import hashlib
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -131,8 +131,13 @@ class S3Notes:
     def all(self) -> dict[str, str]:
         with self._store._guarded(self._prefix) as client:
             bucket, key = _split(self._prefix)
-            keys = [each["Key"] for each in client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/").get("Contents", [])]
-            return {name.rsplit("/", 1)[1]: client.get_object(Bucket=bucket, Key=name)["Body"].read().decode() for name in keys}
+            names = [each["Key"].rsplit("/", 1)[1] for each in client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/").get("Contents", [])]
+            found = {}
+            for name in names:
+                # Another trainer may clear away old claims meanwhile.
+                with suppress(client.exceptions.NoSuchKey):
+                    found[name] = client.get_object(Bucket=bucket, Key=f"{key}/{name}")["Body"].read().decode()
+            return found
 
     def create(self, name: str, text: str) -> bool:
         from botocore.exceptions import ClientError
