@@ -88,7 +88,7 @@ def test_constants_are_copied_once_and_again_only_when_they_were_changed_after_a
 
 def test_the_threads_share_the_bytes_evenly_and_copy_all():
     trees = {"small": [torch.full((1,), float(i)) for i in range(100)], "large": torch.arange(400.0), "empty": torch.zeros(0)}
-    walk = _Walk((), {})
+    walk = _Walk(())
     walk.copy(trees, {}, "")
     assert [[tensor.numel() for tensor in walk.live[share]] for share in walk.shares(2)] == [[1] * 100, [400, 0]]
     for count in range(1, 6):

@@ -18,7 +18,6 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._kept: dict[Any, Any] = {}
-        self._copied: dict[int, tuple] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._stream: torch.cuda.Stream | None = None
         self._arrived: torch.cuda.Event | None = None
@@ -29,7 +28,7 @@ class HostCopy:
         `constants` are tensors of the tree that are not expected to change: copied once, and again only where one was replaced or written to.
         What lives on a GPU arrives later (`wait`); kernels that are started after this call see to it that they don't overtake the copies.
         """
-        walk = _Walk(constants, self._copied)
+        walk = _Walk(constants)
         copied = walk.copy(tree, self._kept, "")
         if walk.live:
             self._copy_from_host(walk)
@@ -66,12 +65,24 @@ class HostCopy:
         training.wait_event(self._arrived)
 
 
+class _Buffer:
+    """Host memory for one tensor of the tree."""
+
+    __slots__ = ("host", "shape", "dtype", "constant", "content")
+
+    def __init__(self, live: torch.Tensor, constant: bool):
+        self.shape, self.dtype, self.constant = live.shape, live.dtype, constant
+        # Pinned memory lets the copy off a GPU run at full speed, and beside the loop.
+        self.host = torch.empty(live.shape, dtype=live.dtype, pin_memory=live.is_cuda)
+        self.content: tuple[int, int] | None = None
+        """Of a constant: where the tensor was, and how often written to, when it was copied."""
+
+
 class _Walk:
     """One pass over a tree: sorts its tensors by how they are copied, and builds the tree of their copies."""
 
-    def __init__(self, constants: Collection[torch.Tensor], copied: dict[int, tuple]):
+    def __init__(self, constants: Collection[torch.Tensor]):
         self._constants = {tensor.data_ptr() for tensor in constants}
-        self._copied = copied
         self.into: list[torch.Tensor] = []
         self.live: list[torch.Tensor] = []
         self.on_gpu: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -95,23 +106,21 @@ class _Walk:
         return sys.intern(tree) if isinstance(tree, str) else tree
 
     def _tensor(self, live: torch.Tensor, kept: dict[Any, Any], place: Any) -> torch.Tensor:
-        host = kept.get(place)
-        if host is None or host.shape != live.shape or host.dtype != live.dtype:
-            # Pinned memory lets the copy off a GPU run at full speed, and beside the loop.
-            kept[place] = host = torch.empty(live.shape, dtype=live.dtype, pin_memory=live.is_cuda)
-        address = live.data_ptr()
-        if address in self._constants:
+        buffer = kept.get(place)
+        if buffer is None or buffer.shape != live.shape or buffer.dtype != live.dtype:
+            buffer = kept[place] = _Buffer(live, live.data_ptr() in self._constants)
+        if buffer.constant:
             # Torch counts the writes to each tensor, so that "constant" need not be believed.
-            content = (address, live._version)
-            if self._copied.get(id(host)) == content:
-                return host
-            self._copied[id(host)] = content
+            content = (live.data_ptr(), live._version)
+            if buffer.content == content:
+                return buffer.host
+            buffer.content = content
         if live.is_cuda:
-            self.on_gpu.append((host, live))
+            self.on_gpu.append((buffer.host, live))
         else:
-            self.into.append(host)
+            self.into.append(buffer.host)
             self.live.append(live)
-        return host
+        return buffer.host
 
     def shares(self, count: int) -> list[slice]:
         """The tensors in host memory as `count` runs of about equal bytes."""
