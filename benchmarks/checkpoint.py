@@ -5,16 +5,12 @@ a table, and writes benchmarks/results/checkpoint-MACHINE.json and .md. Takes ab
 """
 
 import argparse
-import json
 import os
-import platform
-import re
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +19,9 @@ import psutil
 import torch
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.machine import describe
+from benchmarks.report import ROOT, show, write
 from vrt import services
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.publisher import Publisher
@@ -41,7 +36,6 @@ from vrt.training.loop import TrainingState
 from vrt.training.optim import make_optimizer
 from vrt.training.session import SnapshotSink
 
-ROOT = Path(__file__).resolve().parents[1]
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 RECIPE_001 = {
     "upscale": 4,
@@ -252,20 +246,6 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def write_results(found: dict[str, Any], machine: dict[str, str]) -> Path:
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", f"{machine.get('accelerator', machine['processor'])}-{machine['cores']}-cores".lower()).strip("-")
-    path = folder / f"checkpoint-{name}"
-    facts = machine | {"python": platform.python_version(), "date": datetime.now(UTC).date().isoformat()}
-    path.with_suffix(".json").write_text(json.dumps({"machine": facts, "measured": found}, indent=1) + "\n")
-    lines = [f"# A checkpoint of recipe 001: {machine['processor']}, {machine['cores']} cores", "", "| | measured | |", "|---|---|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows_of(found)]
-    lines += ["", ", ".join(f"{key} {value}" for key, value in facts.items()) + ". Medians; by `python -m benchmarks.checkpoint`.", ""]
-    path.with_suffix(".md").write_text("\n".join(lines))
-    return path.with_suffix(".md")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured (default: 5)")
@@ -281,11 +261,9 @@ def main() -> None:
         finally:
             services.down(home)
     machine = describe() | {"load before": busy}
-    table = Table("", "measured", "", title=f"a checkpoint of recipe 001 on {machine['processor']}, {machine['cores']} cores")
-    for row in rows_of(found):
-        table.add_row(*row)
-    Console().print(table)
-    Console().print(f"written to {write_results(found, machine).relative_to(ROOT)}")
+    tables = {"blocked, written, registered": [("", "measured", "judged"), *rows_of(found)]}
+    show(tables)
+    print(f"written to {write('checkpoint', 'A checkpoint of recipe 001: what it costs the training', machine, found, tables)}")
 
 
 if __name__ == "__main__":
