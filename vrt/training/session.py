@@ -8,7 +8,8 @@ import torch
 
 from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.manifest import Manifest
-from vrt.checkpoint.publisher import Publisher, Saver
+from vrt.checkpoint.publisher import Publisher
+from vrt.checkpoint.saver import Saver
 from vrt.checkpoint.serialize import load, misfits
 from vrt.checkpoint.weights import read_weights
 from vrt.model.network import VRT
@@ -81,11 +82,22 @@ class SnapshotSink:
 
     def save(self, state: TrainingState, preview: bytes | None) -> None:
         tensors = {NETWORK: state.network.state_dict(), OPTIMIZER: state.optimizer.state_dict()}
+        constants = list(state.network.buffers())
         if state.ema is not None:
             tensors[EMA] = state.ema.state_dict()
+            constants += state.ema.buffers()
         blobs = {HISTORY: state.history.to_bytes()} | ({PREVIEW: preview} if preview else {})
         origin = self._facts["origin"] | {"created": datetime.now(UTC).isoformat(timespec="seconds")}
-        self._saver.save(state.step, tensors, blobs, self._facts | {"origin": origin, "metrics": state.history.newest()})
+        self._saver.save(state.step, tensors, blobs, self._facts | {"origin": origin, "metrics": state.history.newest()}, constants)
+
+    def check(self) -> None:
+        reason = self._saver.must_stop or self._publisher.lost
+        if reason:
+            raise reason
+
+    def safe_step(self) -> int:
+        self._saver.wait()
+        return self._saver.safe_step
 
     def send(self, row: Row) -> None:
         self._publisher.send(row)
