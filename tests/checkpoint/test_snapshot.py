@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vrt.checkpoint.snapshot import HostCopy, _Walk, spoiled
+from vrt.checkpoint.snapshot import Aliases, HostCopy, _Walk, spoiled
 
 
 def saved(tree: object) -> bytes:
@@ -86,9 +86,23 @@ def test_constants_are_copied_once_and_again_only_when_they_were_changed_after_a
     assert copy.of({"w": constants[0]})["w"].tolist() == [3, 4]
 
 
+def test_what_is_planned_once_is_copied_as_what_is_looked_at_each_time():
+    network = nn.BatchNorm1d(2)
+    aliases, constants, copy = Aliases(network.state_dict()), list(network.buffers()), HostCopy()
+    for value in (1.0, 2.0):
+        with torch.no_grad():
+            network.weight.fill_(value)
+            network.running_var.fill_(value)
+        copied = copy.of({"G": aliases}, constants)
+        assert saved(copied) == saved(HostCopy().of({"G": network.state_dict()}))
+    # Nothing was copied that did not change.
+    copied["G"]["running_var"].fill_(7)
+    assert copy.of({"G": aliases}, constants)["G"]["running_var"].tolist() == [7, 7]
+
+
 def test_the_threads_share_the_bytes_evenly_and_copy_all():
     trees = {"small": [torch.full((1,), float(i)) for i in range(100)], "large": torch.arange(400.0), "empty": torch.zeros(0)}
-    walk = _Walk(())
+    walk = _Walk((), {})
     walk.copy(trees, {}, "")
     assert [[tensor.numel() for tensor in walk.live[share]] for share in walk.shares(2)] == [[1] * 100, [400, 0]]
     for count in range(1, 6):

@@ -4,6 +4,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -13,11 +14,19 @@ import torch
 MOST_THREADS = 4
 
 
+class Aliases:
+    """A part of a tree that holds the very same tensors each time, such as a network's state dict taken once: how to copy it is planned once, too."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.tensors = tensors
+
+
 class HostCopy:
     """Copies trees (dicts, lists, tuples) of tensors into host buffers that are allocated once and reused."""
 
     def __init__(self) -> None:
         self._kept: dict[Any, Any] = {}
+        self._plans: dict[Aliases, _Plan] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._stream: torch.cuda.Stream | None = None
         self._arrived: torch.cuda.Event | None = None
@@ -28,7 +37,7 @@ class HostCopy:
         `constants` are tensors of the tree that are not expected to change: copied once, and again only where one was replaced or written to.
         What lives on a GPU arrives later (`wait`); kernels that are started after this call see to it that they don't overtake the copies.
         """
-        walk = _Walk(constants)
+        walk = _Walk(constants, self._plans)
         copied = walk.copy(tree, self._kept, "")
         if walk.live:
             self._copy_from_host(walk)
@@ -78,11 +87,22 @@ class _Buffer:
         """Of a constant: where the tensor was, and how often written to, when it was copied."""
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How `Aliases` are copied: all on one device."""
+
+    copied: dict[str, torch.Tensor]
+    into: list[torch.Tensor]
+    live: list[torch.Tensor]
+    constants: list[tuple[_Buffer, torch.Tensor]]
+
+
 class _Walk:
     """One pass over a tree: sorts its tensors by how they are copied, and builds the tree of their copies."""
 
-    def __init__(self, constants: Collection[torch.Tensor]):
+    def __init__(self, constants: Collection[torch.Tensor], plans: dict[Aliases, "_Plan"]):
         self._constants = {tensor.data_ptr() for tensor in constants}
+        self._plans = plans
         self.into: list[torch.Tensor] = []
         self.live: list[torch.Tensor] = []
         self.on_gpu: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -91,6 +111,8 @@ class _Walk:
         """The copy of `tree`, whose buffers are kept under `place` of `kept`, a dict that mirrors the tree above."""
         if isinstance(tree, torch.Tensor):
             return self._tensor(tree, kept, place)
+        if isinstance(tree, Aliases):
+            return self._aliases(tree, kept, place)
         if isinstance(tree, dict):
             below = kept.setdefault(place, {})
             copied = type(tree)()
@@ -110,17 +132,41 @@ class _Walk:
         if buffer is None or buffer.shape != live.shape or buffer.dtype != live.dtype:
             buffer = kept[place] = _Buffer(live, live.data_ptr() in self._constants)
         if buffer.constant:
-            # Torch counts the writes to each tensor, so that "constant" need not be believed.
-            content = (live.data_ptr(), live._version)
-            if buffer.content == content:
-                return buffer.host
-            buffer.content = content
-        if live.is_cuda:
+            self._fill([(buffer, live)])
+        elif live.is_cuda:
             self.on_gpu.append((buffer.host, live))
         else:
             self.into.append(buffer.host)
             self.live.append(live)
         return buffer.host
+
+    def _aliases(self, tree: Aliases, kept: dict[Any, Any], place: Any) -> Any:
+        plan = self._plans.get(tree)
+        if plan is None:
+            copied = self.copy(tree.tensors, kept, place)
+            pairs = [(kept[place][key], live) for key, live in tree.tensors.items()]
+            changing = [pair for pair in pairs if not pair[0].constant]
+            into, live = [buffer.host for buffer, _ in changing], [tensor for _, tensor in changing]
+            self._plans[tree] = _Plan(copied, into, live, [pair for pair in pairs if pair[0].constant])
+            return copied
+        self._fill(plan.constants)
+        self._add(plan.into, plan.live)
+        return plan.copied
+
+    def _fill(self, constants: list[tuple[_Buffer, torch.Tensor]]) -> None:
+        """Copy those that are not what was copied before: torch counts the writes to each tensor, so "constant" need not be believed."""
+        for buffer, live in constants:
+            content = (live.data_ptr(), live._version)
+            if buffer.content != content:
+                buffer.content = content
+                self._add([buffer.host], [live])
+
+    def _add(self, into: list[torch.Tensor], live: list[torch.Tensor]) -> None:
+        if live and live[0].is_cuda:
+            self.on_gpu += zip(into, live)
+        else:
+            self.into += into
+            self.live += live
 
     def shares(self, count: int) -> list[slice]:
         """The tensors in host memory as `count` runs of about equal bytes."""
