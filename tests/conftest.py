@@ -1,5 +1,6 @@
 """Fixtures for all tests: one set of real local services per session, apart from those of whoever runs the tests."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -10,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 from ruamel.yaml import YAML
 
 from vrt.data.prepare import prepare
@@ -189,5 +192,59 @@ def make_workspace(tmp_path: Path, local_services: "LocalServices", tiny_data: P
         workspace = Workspace(root, {**local_services.environment, "PATH": path, "PYTHONPATH": str(root)})
         workspace.edit(**TINY, name=f"{name}-{os.getpid()}-{time.monotonic_ns()}")
         return workspace
+
+    return make
+
+
+def write_images(folder: Path, name: str, count: int, size: tuple[int, int], seed: int) -> None:
+    """`count` small images of slowly moving texture; `name` has a place for the number, from 1."""
+    height, width = size
+    folder.mkdir(parents=True)
+    texture = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1 + count, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+    for number in range(count):
+        Image.fromarray(texture[:height, number : number + width]).save(folder / name.format(number + 1))
+
+
+@pytest.fixture
+def published_copy(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a tiny copy of a published data set, as it unpacks: published_copy("gopro", frames=7, size=(24, 32))."""
+
+    def make(layout: str, frames: int, size: tuple[int, int]) -> Path:
+        root, seeds = tmp_path / f"copy-of-{layout}", itertools.count()
+
+        def write(*folders: str) -> None:
+            for folder in folders:
+                write_images(root / folder, "im{}.png" if layout == "vimeo" else "{:08}.png", frames, size, next(seeds))
+
+        def listed(path: str, *names: str) -> None:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text("".join(f"{name}\n" for name in names))
+
+        match layout:
+            case "reds" | "reds-blur":
+                for kind in ("sharp", "blur") if layout == "reds-blur" else ("sharp",):
+                    write(*(f"train/train_{kind}/{name}" for name in ("000", "001", "011", "015", "020")))
+                    write(*(f"val/val_{kind}/{name}" for name in ("000", "001", "006", "017")))
+            case "gopro":
+                write(
+                    *(
+                        f"{clip}/{kind}"
+                        for clip in ("train/GOPR0372_07_00", "train/GOPR0374_11_00", "test/GOPR0384_11_00")
+                        for kind in ("sharp", "blur")
+                    )
+                )
+            case "dvd":
+                test = ["720p_240fps_2", "IMG_0003", "IMG_0021", "IMG_0030", "IMG_0031", "IMG_0032", "IMG_0033", "IMG_0037", "IMG_0039", "IMG_0049"]
+                write(*(f"quantitative_datasets/{clip}/{kind}" for clip in ["IMG_0001", "GOPR9633", *test] for kind in ("GT", "input")))
+            case "davis":
+                write(*(f"JPEGImages/480p/{clip}" for clip in ("bear", "bmx-bumps", "blackswan", "aerobatics")))
+                listed("ImageSets/2017/train.txt", "bear", "bmx-bumps")
+                listed("ImageSets/2017/val.txt", "blackswan")
+                listed("ImageSets/2017/test-dev.txt", "aerobatics")
+            case "vimeo":
+                write(*(f"sequences/{clip}" for clip in ("00001/0001", "00001/0002", "00002/0001")))
+                listed("sep_trainlist.txt", "00001/0001", "00002/0001")
+                listed("sep_testlist.txt", "00001/0002", "")
+        return root
 
     return make

@@ -12,10 +12,11 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 # Each part, by its longest matching name, and what it may import of ours: nothing else, besides itself.
 _MODEL_DATA_CHECKPOINT = {"vrt.model", "vrt.data", "vrt.checkpoint"}
-_GROUND = {"vrt.params", "vrt.observe", "vrt.lifecycle"}
+_GROUND = {"vrt.typed_yaml", "vrt.params", "vrt.observe", "vrt.lifecycle"}
 _MIDDLE = {"vrt.training", "vrt.evaluation", "vrt.checkpoint.registry", "vrt.checkpoint.curator"}
 MAY_IMPORT: Mapping[str, set[str]] = {
-    "vrt.params": set(),
+    "vrt.typed_yaml": set(),
+    "vrt.params": {"vrt.typed_yaml"},
     "vrt.observe": set(),
     "vrt.lifecycle": {"vrt.observe"},
     "vrt.model": _GROUND,

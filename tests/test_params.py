@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from vrt.params import Params, ParamsError, fingerprint, flatten, load_params, read_yaml
+from vrt.params import Params, fingerprint, flatten, load_params
+from vrt.training.session import build_network
+from vrt.typed_yaml import ParamsError, read_yaml
 
 PROJECT = Path(__file__).resolve().parents[1]
 QUICKSTART = PROJECT / "recipes" / "quickstart.yaml"
@@ -47,6 +50,7 @@ train:
   total_steps: 160
   batch_size: 1
   frames: 6
+  mirrored_frames: 0
   crop: 64
   ema_decay: 0.98
   deterministic: false
@@ -107,6 +111,13 @@ def test_params_are_frozen(written):
         params.train.total_steps = 2
 
 
+BETWEEN = {
+    "degradation": {"kind": "between"},
+    **{"network.pa_frames": 0, "network.deformable_groups": 0, "network.img_size": [4, 48, 48]},
+    **{"train.frames": 4, "evaluate.overlap": [0, 16, 16]},
+}
+"""What makes VALID a frame interpolation."""
+
 # One entry per kind of mistake: what is changed in VALID, and all that the message must say.
 MISTAKES = {
     "unknown key near a known one": ({"train.batchsize": 1}, ["train.batchsize: found an unknown key, did you mean 'batch_size'?", "total_steps,"]),
@@ -115,7 +126,7 @@ MISTAKES = {
     "missing key": ({"train.crop": None}, ["train.crop: found nothing; expected a value"]),
     "missing section": ({"evaluate": None}, ["evaluate: found nothing; expected a value"]),
     "missing kind": ({"degradation.kind": None}, ["degradation.kind: found nothing; expected one of the kinds"]),
-    "wrong kind": ({"degradation.kind": "blur"}, ["degradation:", "'blur'", "'noise', 'bicubic'"]),
+    "wrong kind": ({"degradation.kind": "blur"}, ["degradation:", "'blur'", "'noise', 'bicubic', 'blur_down', 'recorded', 'between'"]),
     "text for a number": ({"optimizer.lr": "fast"}, ['optimizer.lr: found "fast"; input should be a valid number']),
     "fraction for a count": ({"train.batch_size": 1.5}, ["train.batch_size: found 1.5; input should be a valid integer"]),
     "boolean for a count": ({"seed": True}, ["seed: found true; input should be a valid integer"]),
@@ -144,6 +155,60 @@ MISTAKES = {
         {"network.embed_dims": [18] * 7 + [24, 24], "network.deformable_groups": 2},
         ["embed_dims[0] = 18 is no multiple of 4"],
     ),
+    "groups without alignment": (
+        {"degradation": {"kind": "between"}, "network.pa_frames": 0},
+        ["network: deformable_groups is 4, but pa_frames 0 aligns nothing; set deformable_groups: 0"],
+    ),
+    "alignment without groups": (
+        {"network.deformable_groups": 0},
+        ["deformable_groups 0 is no multiple of 1 (half of pa_frames 2); choose one, such as 4"],
+    ),
+    "groups and neighbours": (
+        {"network.pa_frames": 4, "network.deformable_groups": 3},
+        ["deformable_groups 3 is no multiple of 2 (half of pa_frames 4)"],
+    ),
+    "groups, neighbours and width": (
+        {"network.pa_frames": 4, "network.deformable_groups": 6},
+        ["embed_dims[0] = 16 x 2 frames on a side does not divide into deformable_groups = 6"],
+    ),
+    "width and neighbours": (
+        {"network.pa_frames": 6, "network.deformable_groups": 6},
+        ["embed_dims[0] = 16 is no multiple of 3 (half of pa_frames 6)"],
+    ),
+    "an odd number of neighbours": ({"network.pa_frames": 3}, ["network.pa_frames: found 3; input should be 0, 2, 4 or 6"]),
+    "enlarging without alignment": (
+        {**BETWEEN, "degradation": {"kind": "bicubic", "scale": 4}, "network.upscale": 4},
+        ["network: upscale is 4, but pa_frames 0 makes frames of the input's size; set upscale: 1"],
+    ),
+    "interpolation by a network that aligns": (
+        {"degradation": {"kind": "between"}},
+        ["network.pa_frames is 2, but degradation.kind 'between' needs a network that makes frames; set network.pa_frames: 0"],
+    ),
+    "restoration by a network that interpolates": (
+        {**BETWEEN, "degradation": {"kind": "recorded"}},
+        ["network.pa_frames is 0, which makes frames in between, but degradation.kind is 'recorded'; set network.pa_frames to 2, 4 or 6"],
+    ),
+    "interpolation from an odd number": (
+        {**BETWEEN, "train.frames": 5, "network.img_size": [5, 48, 48]},
+        ["train.frames is 5 and network.img_size[0] 5"],
+    ),
+    "interpolation from another number": (
+        {**BETWEEN, "train.frames": 6},
+        ["train.frames is 6 and network.img_size[0] 4", "the same even number, such as 4"],
+    ),
+    "interpolation with overlap in time": (
+        {**BETWEEN, "evaluate.overlap": [1, 16, 16]},
+        ["train.mirrored_frames is 0 and evaluate.overlap[0] 1", "to 0"],
+    ),
+    "mostly mirrored": (
+        {"train.mirrored_frames": 4},
+        ["train: mirrored_frames 4 is more than half of frames 6, which leaves too few to mirror; lower it"],
+    ),
+    "blur down without scale": (
+        {"degradation": {"kind": "blur_down", "scale": 4, "sigma": 1.6}},
+        ["network.upscale is 1, but degradation.kind 'blur_down' reduces by 4; set network.upscale: 4"],
+    ),
+    "blur of nothing": ({"degradation": {"kind": "blur_down", "scale": 4, "sigma": 0}, "network.upscale": 4}, ["degradation.sigma: found 0; input"]),
     "single-frame stage in the body": ({"network.indep_reconsts": [6]}, ["indep_reconsts [6] must name stages 7 to 8"]),
     "overlap and tile": ({"evaluate.overlap": [6, 0, 0]}, ["evaluate: overlap [6, 0, 0] must be smaller than tile [6, 96, 96]"]),
 }
@@ -255,6 +320,22 @@ def test_each_knob_either_defines_the_training_or_is_free(written):
         assert section[last] != value, key
         after = fingerprint(Params.model_validate_json(json.dumps(changed)).identity())
         assert (after == before) == (key in FREE), key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        BETWEEN,
+        {"network.pa_frames": 4, "network.deformable_groups": 8},
+        {"network.pa_frames": 6, "network.embed_dims": [24] * 9, "network.deformable_groups": 6},
+    ],
+    ids=["none", "4", "6"],
+)
+def test_every_number_of_neighbours_that_passes_builds_a_network(written, changes: dict):
+    params = load_params(written(changes))
+    frames = params.network.img_size[0]
+    restored = build_network(params.network)(torch.rand(1, frames, 3, 16, 16))
+    assert restored.shape == (1, 1 if changes is BETWEEN else frames, 3, 16, 16)
 
 
 def test_another_task_is_another_training(written):

@@ -61,8 +61,11 @@ def parser() -> argparse.ArgumentParser:
         if name == "train":
             told = "overrides checkpoints.resume: auto, must, never, a step to go back to, or 'fork LINEAGE@STEP'"
             command.add_argument("--resume", metavar="POLICY", help=told)
+    recipes = commands.add_parser("recipes", help="list the recipes: the nine published trainings and the quickstart, and what each needs")
+    recipes.add_argument("--json", action="store_true", help="as JSON, for programs")
+    recipes.set_defaults(run=_recipes)
     init = commands.add_parser("init", help="write a recipe as params.yaml")
-    init.add_argument("--recipe", required=True, help="name of a file in recipes/, such as quickstart")
+    init.add_argument("--recipe", required=True, help="a recipe that `vrt recipes` lists, by name or number, such as quickstart or 006")
     init.add_argument("--params", type=Path, default=Path("params.yaml"), help="file to write (default: params.yaml)")
     init.set_defaults(run=_init)
     commands.add_parser("demo", help="everything at once: services, data, training, evaluation, and where to look").set_defaults(run=_demo)
@@ -87,6 +90,19 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     _lead_to_services()
     return run_evaluation(args.params, args.weights)
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from vrt.stages.recipes import all_recipes, as_json, dataset_table, recipe_table
+
+    recipes = all_recipes()
+    if args.json:
+        print(as_json(recipes))
+    else:
+        Console().print(recipe_table(recipes), dataset_table(recipes))
+    return EXIT_DONE
 
 
 def _init(args: argparse.Namespace) -> int:

@@ -3,17 +3,15 @@
 No field has a default: a params file states every knob, so what a run did can be read off one page.
 """
 
-import difflib
 import hashlib
 import json
 import re
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import BeforeValidator, Field, model_validator
+
+from vrt.typed_yaml import ParamsError, Section, parse, read_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 FREE = {
@@ -24,16 +22,6 @@ FREE = {
 SIDE = 8
 """The network halves its input three times: sides are multiples of this."""
 NotNegative = Annotated[int, Field(ge=0)]
-
-
-class ParamsError(ValueError):
-    """The params file can't be used; the message names each key, what was found and what is allowed."""
-
-
-class Section(BaseModel):
-    """One level of the params file: immutable, no unknown keys, no silent conversions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Noise(Section):
@@ -55,14 +43,34 @@ class Noise(Section):
 
 
 class Bicubic(Section):
-    """Bicubic reduction with anti-aliasing: the x4 super-resolution task."""
+    """Bicubic reduction with anti-aliasing: x4 super-resolution ("BI" in the papers)."""
 
     kind: Literal["bicubic"]
     scale: Literal[4]
 
 
-SectionType = TypeVar("SectionType", bound=Section)
-Degradation = Annotated[Noise | Bicubic, Field(discriminator="kind")]
+class BlurDown(Section):
+    """Gaussian blur, then one pixel of each block: x4 super-resolution ("BD" in the papers)."""
+
+    kind: Literal["blur_down"]
+    scale: Literal[4]
+    sigma: Annotated[float, Field(gt=0, le=8)]
+    """Standard deviation of the blur in pixels of the ground truth; 1.6 in the papers."""
+
+
+class Recorded(Section):
+    """The degraded frames are part of the data set, beside the sharp ones: deblurring, and whatever else a camera did."""
+
+    kind: Literal["recorded"]
+
+
+class Between(Section):
+    """Frame interpolation: of consecutive frames the network gets every second one and makes the one in the middle, which it never saw."""
+
+    kind: Literal["between"]
+
+
+Degradation = Annotated[Noise | Bicubic | BlurDown | Recorded | Between, Field(discriminator="kind")]
 
 
 class Data(Section):
@@ -77,7 +85,8 @@ class Network(Section):
 
     upscale: Literal[1, 4]
     img_size: tuple[Positive, Positive, Positive]
-    """Frames, height and width of the input the windows are laid out for (training input, not a limit)."""
+    """Frames, height and width of the input the windows are laid out for (training input, not a limit).
+    A shorter clip is continued by its own frames, backwards, when it is evaluated."""
     window_size: tuple[Positive, Positive, Positive]
     depths: tuple[Positive, ...]
     """Blocks per stage: seven for the U-shaped body, the rest for the reconstruction groups."""
@@ -85,9 +94,10 @@ class Network(Section):
     """Stages (counted over all of `depths`) whose windows span a single frame."""
     embed_dims: tuple[Positive, ...]
     num_heads: tuple[Positive, ...]
-    pa_frames: Literal[2]
-    """Neighbour frames aligned to each frame."""
-    deformable_groups: Positive
+    pa_frames: Literal[0, 2, 4, 6]
+    """Neighbour frames aligned to each frame, on both sides together; 0: none, as for frame interpolation."""
+    deformable_groups: NotNegative
+    """Groups of channels that the alignment moves apart from one another; 0 with pa_frames 0, which aligns nothing."""
     nonblind_denoising: bool
     """Take the noise level as a fourth input channel."""
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)]
@@ -104,13 +114,30 @@ class Network(Section):
         for i, (dim, heads) in enumerate(zip(self.embed_dims, self.num_heads)):
             if dim % heads:
                 raise ValueError(f"embed_dims[{i}] = {dim} does not divide into num_heads[{i}] = {heads}; choose a multiple")
-            if i < 7 and dim % self.deformable_groups:
-                raise ValueError(f"embed_dims[{i}] = {dim} does not divide into deformable_groups = {self.deformable_groups}; choose a divisor")
             if i < 7 and dim % 4:
                 raise ValueError(f"embed_dims[{i}] = {dim} is no multiple of 4; the position encoding and the scale changes need one")
         if any(not 7 <= i < stages for i in self.indep_reconsts):
             raise ValueError(f"indep_reconsts {list(self.indep_reconsts)} must name stages 7 to {stages - 1}")
+        self._check_alignment()
         return self
+
+    def _check_alignment(self) -> None:
+        groups, reach = self.deformable_groups, self.pa_frames // 2
+        if reach == 0:
+            if groups:
+                raise ValueError(f"deformable_groups is {groups}, but pa_frames 0 aligns nothing; set deformable_groups: 0")
+            if self.upscale != 1:
+                raise ValueError(f"upscale is {self.upscale}, but pa_frames 0 makes frames of the input's size; set upscale: 1, or pa_frames to 2")
+            return
+        if groups == 0 or groups % reach:
+            found = f"deformable_groups {groups} is no multiple of {reach} (half of pa_frames {self.pa_frames})"
+            raise ValueError(f"{found}; choose one, such as {4 * reach}")
+        for i, dim in enumerate(self.embed_dims[:7]):
+            if dim % reach:
+                raise ValueError(f"embed_dims[{i}] = {dim} is no multiple of {reach} (half of pa_frames {self.pa_frames}); choose one")
+            if dim * reach % groups:
+                together = f" x {reach} frames on a side" if reach > 1 else ""
+                raise ValueError(f"embed_dims[{i}] = {dim}{together} does not divide into deformable_groups = {groups}; choose a divisor")
 
 
 class Optimizer(Section):
@@ -142,7 +169,9 @@ class Train(Section):
     batch_size: Positive
     """Clips per step, over all processes together."""
     frames: Annotated[int, Field(ge=2)]
-    """Frames of a training clip."""
+    """Frames of a training clip, as the network gets them."""
+    mirrored_frames: NotNegative
+    """How many of these are the clip's last frames once more, backwards, where its windows want more frames than clips have; 0: none."""
     crop: Positive
     """Side of the ground-truth crop in pixels."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
@@ -160,12 +189,19 @@ class Train(Section):
     checkpoint_every: Positive
     """Steps between two checkpoints; the last step is always saved."""
 
+    @model_validator(mode="after")
+    def _mostly_real(self) -> "Train":
+        if 2 * self.mirrored_frames > self.frames:
+            found = f"mirrored_frames {self.mirrored_frames} is more than half of frames {self.frames}"
+            raise ValueError(f"{found}, which leaves too few to mirror; lower it")
+        return self
+
 
 def _resume(value: Any) -> Any:
     """YAML reads a step as a number. Raises ValueError where the value is no policy."""
     text = str(value) if type(value) is int else value
     if not isinstance(text, str) or not re.fullmatch(r"auto|must|never|[0-9]+|fork [A-Za-z0-9][A-Za-z0-9._-]*@[0-9]+", text):
-        raise ValueError(f"found {_show(value)}; expected auto, must, never, a step such as 2000, or `fork LINEAGE@STEP`")
+        raise ValueError(f"found {json.dumps(value, default=str)}; expected auto, must, never, a step such as 2000, or `fork LINEAGE@STEP`")
     return text
 
 
@@ -188,9 +224,9 @@ class Checkpoints(Section):
 
 class Evaluate(Section):
     tile: tuple[Positive, Positive, Positive]
-    """Frames, height and width of the input that is restored at once."""
+    """Frames, height and width of the input that is restored at once; with `between`, the frames that are made at once."""
     overlap: tuple[NotNegative, NotNegative, NotNegative]
-    """Frames and pixels that neighbouring tiles share."""
+    """Frames and pixels that neighbouring tiles share; with `between` no frames, since each is made on its own."""
 
     @model_validator(mode="after")
     def _smaller(self) -> "Evaluate":
@@ -213,17 +249,36 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "Params":
-        scale = self.degradation.scale if isinstance(self.degradation, Bicubic) else 1
+        scale = self.degradation.scale if isinstance(self.degradation, (Bicubic, BlurDown)) else 1
         if scale != self.network.upscale:
             found = f"network.upscale is {self.network.upscale}, but degradation.kind {self.degradation.kind!r} reduces by {scale}"
             raise ValueError(f"{found}; set network.upscale: {scale}")
         if self.network.nonblind_denoising and not isinstance(self.degradation, Noise):
             raise ValueError("network.nonblind_denoising needs a noise level; set it to false or degradation.kind to noise")
+        self._check_interpolation()
         unit = SIDE * scale
         if self.train.crop % unit:
             nearest = self.train.crop // unit * unit + unit
             raise ValueError(f"train.crop {self.train.crop} is no multiple of {unit} ({SIDE} times the scale {scale}); choose one, such as {nearest}")
         return self
+
+    def _check_interpolation(self) -> None:
+        between, aligned = isinstance(self.degradation, Between), self.network.pa_frames > 0
+        if between and aligned:
+            found = f"network.pa_frames is {self.network.pa_frames}, but degradation.kind 'between' needs a network that makes frames"
+            raise ValueError(f"{found}; set network.pa_frames: 0")
+        if not between and not aligned:
+            found = f"network.pa_frames is 0, which makes frames in between, but degradation.kind is {self.degradation.kind!r}"
+            raise ValueError(f"{found}; set network.pa_frames to 2, 4 or 6, or degradation.kind to between")
+        if not between:
+            return
+        given = self.train.frames
+        if given % 2 or given != self.network.img_size[0]:
+            found = f"train.frames is {given} and network.img_size[0] {self.network.img_size[0]}"
+            raise ValueError(f"{found}; degradation.kind 'between' needs the same even number, such as 4: the frame to make lies in the middle")
+        if self.train.mirrored_frames or self.evaluate.overlap[0]:
+            found = f"train.mirrored_frames is {self.train.mirrored_frames} and evaluate.overlap[0] {self.evaluate.overlap[0]}"
+            raise ValueError(f"{found}; with degradation.kind 'between' each frame is made on its own: set both to 0")
 
     def identity(self) -> dict[str, Any]:
         """What must not change under a lineage, as {dotted key: value}: changing any of it starts another training.
@@ -272,64 +327,3 @@ def load_params(path: Path) -> Params:
     except OSError as error:
         raise ParamsError(f"{path}: {error.strerror}; expected a readable params file") from None
     return parse(Params, tree, path)
-
-
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML 1.2 file (as DVC reads it: 1e-4 is a number). Raises ParamsError where it is not YAML."""
-    try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path}: not readable as YAML: {error}") from None
-
-
-def parse(model: type[SectionType], tree: Any, source: Path) -> SectionType:
-    """`tree` as a `model`; ParamsError names `source` and every wrong key."""
-    if not isinstance(tree, dict):
-        raise ParamsError(f"{source}: found {_show(tree)} at the top; expected keys: {', '.join(model.model_fields)}")
-    try:
-        return model.model_validate_json(json.dumps(tree, default=str))
-    except ValidationError as error:
-        lines = [_explain(model, problem) for problem in error.errors()]
-        raise ParamsError("\n".join([f"{source}: {len(lines)} wrong value{'s' * (len(lines) > 1)}", *(f"  {line}" for line in lines)])) from None
-
-
-def _explain(model: type[Section], problem: dict[str, Any]) -> str:
-    path, allowed = _locate(model, problem["loc"])
-    key = ".".join(path) or "the file as a whole"
-    match problem["type"]:
-        case "extra_forbidden":
-            near = difflib.get_close_matches(path[-1], allowed, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ";"
-            return f"{key}: found an unknown key{hint} allowed here: {', '.join(allowed)}"
-        case "missing":
-            return f"{key}: found nothing; expected a value (no knob has a hidden default)"
-        case "union_tag_not_found":
-            return f"{key}.kind: found nothing; expected one of the kinds of {key}"
-        case "value_error":
-            return f"{key}: {problem['ctx']['error']}"
-        case _:
-            return f"{key}: found {_show(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _locate(model: type[Section], location: tuple) -> tuple[list[str], list[str]]:
-    """The key path of a pydantic error location, and the keys allowed beside its last part.
-
-    A tagged union puts the tag of the chosen kind into the location ("degradation", "noise", "sigma"): it is no key of the file.
-    """
-    path: list[str] = []
-    here: Any = model
-    allowed: list[str] = []
-    for part in location:
-        if get_origin(here) is UnionType:
-            here = next(kind for kind in get_args(here) if part in get_args(kind.model_fields["kind"].annotation))
-            continue
-        path.append(str(part))
-        if isinstance(here, type) and issubclass(here, Section):
-            allowed = list(here.model_fields)
-            here = here.model_fields[part].annotation if part in here.model_fields else None
-    return path, allowed
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -8,7 +8,8 @@ import pytest
 
 from vrt.data.clips import PreparedData, writing
 from vrt.data.prepare import prepare
-from vrt.params import Params, parse, read_yaml
+from vrt.params import Params
+from vrt.typed_yaml import parse, read_yaml
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "data" / "raw" / "quickstart"
@@ -47,29 +48,38 @@ def coordinate_clip() -> Callable[..., np.ndarray]:
 
 @pytest.fixture
 def write_data() -> Callable[[Path, dict[str, np.ndarray]], PreparedData]:
-    """Makes a prepared data set of {"train/a": uint8 (D, H, W, 3), ...}."""
+    """Makes a prepared data set of {"train/a": uint8 (D, H, W, 3), ...}; `recorded` makes the degraded frames of each."""
 
-    def write(root: Path, clips: dict[str, np.ndarray]) -> PreparedData:
+    def write(root: Path, clips: dict[str, np.ndarray], recorded: Callable[[np.ndarray], np.ndarray] | None = None) -> PreparedData:
         with writing(root, "made-by-test") as writer:
             for name, pixels in clips.items():
-                writer.add(*name.split("/"), len(pixels), pixels)
+                writer.add(*name.split("/"), len(pixels), pixels, recorded(pixels) if recorded else None)
         return PreparedData.open(root)
 
     return write
 
 
 @pytest.fixture
-def coordinates(tmp_path: Path, coordinate_clip, write_data) -> PreparedData:
+def coordinate_clips(coordinate_clip) -> dict[str, np.ndarray]:
     """Two training clips of different size, one validation and one test clip, all made by `coordinate_clip`."""
-    return write_data(
-        tmp_path / "coordinates",
-        {
-            "train/a": coordinate_clip(9, 24, 28),
-            "train/b": coordinate_clip(7, 30, 20, first=100),
-            "val/a": coordinate_clip(6, 20, 24, first=200),
-            "test/a": coordinate_clip(8, 21, 26, first=220),
-        },
-    )
+    return {
+        "train/a": coordinate_clip(9, 24, 28),
+        "train/b": coordinate_clip(7, 30, 20, first=100),
+        "val/a": coordinate_clip(6, 20, 24, first=200),
+        "test/a": coordinate_clip(8, 21, 26, first=220),
+    }
+
+
+@pytest.fixture
+def coordinates(tmp_path: Path, coordinate_clips, write_data) -> PreparedData:
+    """`coordinate_clips`, prepared."""
+    return write_data(tmp_path / "coordinates", coordinate_clips)
+
+
+@pytest.fixture
+def negatives(tmp_path: Path, coordinate_clips, write_data) -> PreparedData:
+    """`coordinate_clips`, each with its negative recorded beside it."""
+    return write_data(tmp_path / "negatives", coordinate_clips, recorded=lambda pixels: 255 - pixels)
 
 
 @pytest.fixture(scope="session")

@@ -203,3 +203,57 @@ def test_a_data_set_that_a_kill_left_aside_comes_back(coordinates: PreparedData)
 def test_the_index_is_canonical_json(coordinates: PreparedData):
     text = (coordinates.root / "index.json").read_text()
     assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":")) + "\n"
+
+
+def test_degraded_frames_are_stored_beside_the_sharp_ones(negatives: PreparedData, coordinate_clip):
+    clip = negatives.clips("test")[0]
+    np.testing.assert_array_equal(negatives.read_whole(clip), coordinate_clip(8, 21, 26, first=220))
+    np.testing.assert_array_equal(negatives.read_whole(clip, recorded=True), 255 - coordinate_clip(8, 21, 26, first=220))
+    np.testing.assert_array_equal(np.load(negatives.root / "recorded/test/a.npy"), 255 - coordinate_clip(8, 21, 26, first=220))
+    negatives.verify()
+
+
+def test_the_digest_stands_for_the_degraded_frames_too(tmp_path: Path, coordinate_clips, write_data):
+    digests = {
+        write_data(tmp_path / name, coordinate_clips, recorded).digest
+        for name, recorded in {"none": None, "negative": lambda pixels: 255 - pixels, "other": lambda pixels: 254 - pixels}.items()
+    }
+    assert len(digests) == 3
+
+
+def test_a_data_set_without_degraded_frames_keeps_the_digest_it_always_had(coordinates: PreparedData):
+    # Trainings are told apart by it: they must find their lineage again under newer code.
+    assert b"recorded" not in (coordinates.root / "index.json").read_bytes()
+    assert coordinates.digest == "dd3b75891ae86bf2433e3fb1fca91eaa5201334b33cdc3a741b7affe97df9adf"
+
+
+def test_damaged_degraded_frames_are_named(negatives: PreparedData):
+    path = negatives.root / "recorded/val/a.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"recorded/val/a.npy: expected SHA-256 .*; the file has changed"):
+        negatives.verify()
+    os.truncate(path, 300)
+    with pytest.raises(DataError, match=r"recorded/val/a.npy: expected \d+ bytes, found 300; the file is cut off"):
+        PreparedData.open(negatives.root)
+    path.unlink()
+    with pytest.raises(DataError, match=r"recorded/val/a.npy: expected clip val/a .*, found no file"):
+        PreparedData.open(negatives.root)
+
+
+def test_reading_degraded_frames_that_there_are_none_of_is_refused(coordinates: PreparedData):
+    with pytest.raises(DataError, match=r"clip test/a .*: expected degraded frames recorded beside it, found none; import pairs"):
+        coordinates.read_whole(coordinates.clips("test")[0], recorded=True)
+
+
+@pytest.mark.parametrize(
+    "recorded, message",
+    [
+        (lambda pixels: pixels[:-1], r"clip recorded/train/a: expected 3 frames, found 2"),
+        (lambda pixels: pixels[:, :, :-1], r"clip recorded/train/a: expected each frame as uint8 \(4, 6, 3\), found uint8 \(4, 5, 3\) in frame 1"),
+    ],
+)
+def test_degraded_frames_that_do_not_fit_the_sharp_ones_are_refused(recorded, message: str, tmp_path: Path, coordinate_clip, write_data):
+    with pytest.raises(DataError, match=message):
+        write_data(tmp_path / "data", {"train/a": coordinate_clip(3, 4, 6)}, recorded)
+    assert not (tmp_path / "data").exists()

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from vrt.data.clips import DataError
-from vrt.data.dataset import Frames, Synthetic, Video, load_dataset
-from vrt.params import ParamsError
+from vrt.data.dataset import Clips, Frames, Synthetic, Video, listed_clips, load_dataset
+from vrt.typed_yaml import ParamsError
 
 QUICKSTART = Path(__file__).parents[2] / "data" / "raw" / "quickstart"
 VIDEO = """
@@ -51,7 +51,7 @@ def test_a_missing_data_set_names_those_there_are(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["kind: film", "kind: [video]", ""])
 def test_an_unknown_kind_names_the_known_ones(tmp_path: Path, kind: str):
-    with pytest.raises(DataError, match=r"dataset.yaml: kind: found .*; expected one of: synthetic, video, frames"):
+    with pytest.raises(DataError, match=r"dataset.yaml: kind: found .*; expected one of: synthetic, video, frames, clips"):
         load_dataset(raw(tmp_path, VIDEO.replace("kind: video", kind)))
 
 
@@ -77,3 +77,35 @@ def test_regions_of_two_splits_may_not_share_a_pixel(tmp_path: Path):
     shifted = text.replace("china.jpg: [20, 40, 407, 300]", "china.jpg: [20, 40, 407, 301]")
     with pytest.raises(ParamsError, match=r"train \[20, 40, 407, 301\] and test \[230, 340, 197, 150\] share pixels of china.jpg"):
         load_dataset(raw(tmp_path, shifted))
+
+
+@pytest.fixture
+def clip_lists(tmp_path: Path) -> Path:
+    folder = raw(tmp_path, "kind: clips\nrecorded: false\n")
+    for split, names in {"train": "b\na\n", "val": "c", "test": "\nd\n"}.items():
+        (folder / f"{split}.txt").write_text(names)
+    return folder
+
+
+def test_many_clips_are_listed_by_split(clip_lists: Path):
+    assert load_dataset(clip_lists) == Clips(kind="clips", recorded=False)
+    assert listed_clips(clip_lists) == [("train", "b"), ("train", "a"), ("val", "c"), ("test", "d")]
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ("", r"val.txt: expected a clip name on each line, found none; enter at least one clip of sharp/"),
+        ("../a", r"val.txt: expected the name of a folder of sharp/, found '../a'; correct or remove that line"),
+        ("c\na", r"val.txt: clip a is listed in train.txt already; expected each clip once: remove one of the lines"),
+        ("c\nc", r"val.txt: clip c is listed in val.txt already"),
+        (None, r"val.txt: expected a list of the clips of this split, one name a line, found no such file; write or import it again"),
+    ],
+)
+def test_a_wrong_list_of_clips_is_named(names: str | None, message: str, clip_lists: Path):
+    if names is None:
+        (clip_lists / "val.txt").unlink()
+    else:
+        (clip_lists / "val.txt").write_text(names)
+    with pytest.raises(DataError, match=message):
+        listed_clips(clip_lists)

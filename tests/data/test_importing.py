@@ -1,5 +1,6 @@
 """Importing real encoded videos and folders of frames: what is imported can be prepared, what can't is refused and leaves nothing."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 from PIL import Image
 
 from vrt.data.clips import DataError, PreparedData
-from vrt.data.dataset import Frames, Video, load_dataset
+from vrt.data.dataset import Clips, Frames, Video, load_dataset
 from vrt.data.importing import MINIMUM_FRAMES, import_dataset, split_frames
+from vrt.data.layouts import source_clips
 from vrt.data.prepare import prepare
 
 
@@ -204,3 +206,57 @@ def test_a_folder_that_a_killed_import_left_is_replaced(lossless: Path, tmp_path
     (tmp_path / "raw" / ".mine.new" / "video.mkv").write_text("half")
     import_dataset(lossless, "mine", tmp_path / "raw")
     assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == ["mine"]
+
+
+def clip_frames(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
+
+
+@pytest.mark.parametrize("layout, pairs", [("gopro", True), ("vimeo", False)])
+def test_the_clips_of_a_layout_come_through_exactly(layout: str, pairs: bool, published_copy, tmp_path: Path):
+    source = published_copy(layout, 5, (12, 20))
+    raw = import_dataset(source, "mine", tmp_path / "raw", layout)
+    assert load_dataset(raw) == Clips(kind="clips", recorded=pairs)
+    data = prepare(raw, tmp_path / "prepared")
+    clips = source_clips(layout, source)
+    assert {(clip.split, clip.name) for clip in data.index.clips} == {(clip.split, clip.name) for clip in clips}
+    for clip, original in zip(sorted(data.index.clips, key=lambda clip: clip.name), sorted(clips, key=lambda clip: clip.name)):
+        np.testing.assert_array_equal(data.read_whole(clip), clip_frames(original.sharp))
+        assert (clip.recorded is not None) == pairs
+        if pairs:
+            np.testing.assert_array_equal(data.read_whole(clip, recorded=True), clip_frames(original.recorded))
+    data.verify()
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda clip: (clip / "blur/00000002.png").unlink(),
+            r"sharp/00000002.png: expected a frame 00000002 in .*blur too, found none; add it there",
+        ),
+        (
+            lambda clip: (clip / "sharp/00000002.png").unlink(),
+            r"blur/00000002.png: expected a frame 00000002 in .*sharp too, found none; add it there",
+        ),
+        (lambda clip: (clip / "blur/00000002.png").write_bytes(b"no image"), r"00000002.png: expected an image, found a file that can't be read"),
+        (
+            lambda clip: shutil.copy(clip / "blur/00000002.png", clip / "blur/00000002.jpg"),
+            r"blur: expected one frame of each name, found 3 sharp and 4 degraded ones; remove the copies",
+        ),
+        (lambda clip: shrink(clip / "blur"), r"blur: expected frames of the size of the sharp ones, 12x20; found 6x10; use pairs of one size"),
+        (lambda clip: clip.rename(clip.with_name("a clip")), r"expected a clip name of letters, digits, .*, found 'a clip'; rename that folder"),
+        (lambda clip: shutil.rmtree(clip / "blur"), r"blur: expected a folder of frames, found none"),
+    ],
+)
+def test_a_damaged_copy_of_pairs_is_refused(spoil: Callable[[Path], object], message: str, published_copy, tmp_path: Path):
+    source = published_copy("gopro", 3, (12, 20))
+    spoil(source / "test/GOPR0384_11_00")
+    with pytest.raises(DataError, match=message):
+        import_dataset(source, "mine", tmp_path / "raw", "gopro")
+    assert list((tmp_path / "raw").iterdir()) == []
+
+
+def shrink(folder: Path) -> None:
+    for path in folder.iterdir():
+        Image.open(path).resize((10, 6)).save(path)

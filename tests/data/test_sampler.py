@@ -4,17 +4,28 @@ import itertools
 import multiprocessing
 import os
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from vrt.data.clips import DataError, PreparedData
-from vrt.data.degradations import bicubic_downsample
+from vrt.data.degradations import bicubic_downsample, blur_downsample
 from vrt.data.sampler import Batch, check_sampling, evaluation_clip, training_batch, training_batches, training_sample
 
 SMALL = {"train.crop": 16, "train.frames": 4, "train.batch_size": 2}
 BICUBIC = {"degradation": {"kind": "bicubic", "scale": 4}, "network.upscale": 4, **SMALL}
+BLUR_DOWN = {**BICUBIC, "degradation": {"kind": "blur_down", "scale": 4, "sigma": 1.6}}
+RECORDED = {**SMALL, "degradation": {"kind": "recorded"}}
+BETWEEN = {
+    **SMALL,
+    "degradation": {"kind": "between"},
+    **{"network.pa_frames": 0, "network.deformable_groups": 0, "network.img_size": [4, 48, 48], "evaluate.overlap": [0, 16, 16]},
+}
+
+
+Reduction = Callable[[torch.Tensor], torch.Tensor]
 
 
 def same(one: Batch, two: Batch) -> bool:
@@ -34,8 +45,8 @@ def test_a_batch_has_the_shapes_and_range_of_the_params(coordinates: PreparedDat
 
 
 def test_truth_is_stored_pixels_over_255(coordinates: PreparedData, make_params):
-    levels = training_batch(coordinates, make_params(SMALL), 1).truth * 255
-    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+    grey = training_batch(coordinates, make_params(SMALL), 1).truth * 255
+    torch.testing.assert_close(grey, grey.round(), rtol=0, atol=1e-4)
 
 
 def test_a_batch_is_a_function_of_seed_and_step(coordinates: PreparedData, make_params):
@@ -122,15 +133,15 @@ def test_every_window_and_every_turn_occurs_and_pixels_stay_together(coordinates
 
 def test_noise_levels_fill_their_range_and_noise_has_its_level(quickstart: PreparedData, make_params):
     params = make_params({**noise(10.0, 50.0), "network.nonblind_denoising": True})
-    levels = []
+    drawn = []
     for step in range(60):
         degraded, truth = training_sample(quickstart, params, step, 0)
         level = degraded[:, 3]
         assert (level == level[0, 0, 0]).all()
-        levels.append(float(level[0, 0, 0]) * 255)
+        drawn.append(float(level[0, 0, 0]) * 255)
         # 41,472 draws: the measured deviation's own deviation is sigma / 288.
-        assert float((degraded[:, :3] - truth).std()) * 255 == pytest.approx(levels[-1], rel=4 / 288)
-    assert 10 <= min(levels) < 14 and 46 < max(levels) <= 50
+        assert float((degraded[:, :3] - truth).std()) * 255 == pytest.approx(drawn[-1], rel=4 / 288)
+    assert 10 <= min(drawn) < 14 and 46 < max(drawn) <= 50
 
 
 def test_a_level_map_changes_neither_truth_nor_noise(coordinates: PreparedData, make_params):
@@ -140,16 +151,21 @@ def test_a_level_map_changes_neither_truth_nor_noise(coordinates: PreparedData, 
     assert torch.equal(informed.degraded[:, :, 3], torch.full((2, 4, 16, 16), 30 / 255))
 
 
-def test_a_reduced_crop_is_the_crop_of_the_reduced_clip(quickstart: PreparedData, make_params):
+@pytest.mark.parametrize(
+    "kind, reduce",
+    [(BICUBIC, lambda clip: bicubic_downsample(clip, 4)), (BLUR_DOWN, lambda clip: blur_downsample(clip, 4, 1.6))],
+    ids=["bicubic", "blur_down"],
+)
+def test_a_reduced_crop_is_the_crop_of_the_reduced_clip(quickstart: PreparedData, make_params, kind: dict, reduce: Reduction):
     """Borders included: the pixels around the crop take part, as they do when a whole clip is restored."""
-    params = make_params({**BICUBIC, "train.crop": 48})
+    params = make_params({**kind, "train.crop": 48})
     for step in range(12):
         degraded, truth = training_sample(quickstart, params, step, 0)
         assert (degraded.shape, truth.shape) == ((4, 3, 12, 12), (4, 3, 48, 48))
-        assert find_reduced(quickstart, truth, degraded), f"step {step}"
+        assert find_reduced(quickstart, truth, degraded, reduce), f"step {step}"
 
 
-def find_reduced(data: PreparedData, truth: torch.Tensor, degraded: torch.Tensor) -> bool:
+def find_reduced(data: PreparedData, truth: torch.Tensor, degraded: torch.Tensor, reduce: Reduction) -> bool:
     """Whether a turned training clip holds `truth` (D, 3, H, W) at a place where its reduction, rounded to 8 bits, holds `degraded`."""
     for clip in data.clips("train"):
         pixels = torch.from_numpy(data.read_whole(clip)).permute(0, 3, 1, 2) / 255
@@ -160,7 +176,7 @@ def find_reduced(data: PreparedData, truth: torch.Tensor, degraded: torch.Tensor
             hits = (places[..., 0, :2] == truth[0, :, None, None, 0, :2]).all(dim=-1).all(dim=1).nonzero()
             for first, row, column in hits.tolist():
                 if torch.equal(turned[first : first + 4, :, 4 * row : 4 * row + 48, 4 * column : 4 * column + 48], truth):
-                    reduced = (bicubic_downsample(turned[first : first + 4], 4) * 255).round().clamp(0, 255)
+                    reduced = (reduce(turned[first : first + 4]) * 255).round().clamp(0, 255)
                     found = reduced[..., row : row + 12, column : column + 12]
                     return torch.allclose(found / 255, degraded, rtol=0, atol=1e-6)
     return False
@@ -175,6 +191,56 @@ def test_every_crop_of_a_reduction_is_reachable_up_to_the_borders(coordinates: P
         corners.add((int(row.min()), int(column.min())))
     # Clip a is 24x28; clip b 30x20, of which 28x20 divide by 4.
     assert corners == {(y, x) for y in (0, 4, 8) for x in (0, 4, 8, 12)} | {(y, x) for y in (0, 4, 8, 12) for x in (0, 4)}
+
+
+def levels(clip: torch.Tensor) -> np.ndarray:
+    """(..., C, H, W) in [0, 1] -> whole grey levels."""
+    return (clip * 255).round().int().numpy()
+
+
+def test_recorded_frames_come_from_the_same_place_as_the_sharp_ones(negatives: PreparedData, make_params):
+    params = make_params(RECORDED)
+    for step in range(20):
+        degraded, truth = training_sample(negatives, params, step, 0)
+        assert degraded.shape == truth.shape == (4, 3, 16, 16)
+        np.testing.assert_array_equal(levels(degraded), 255 - levels(truth))
+    assert len({float(training_sample(negatives, params, step, 0)[1].sum()) for step in range(20)}) > 10
+    clip = negatives.clips("test")[0]
+    batch = evaluation_clip(negatives, params, clip)
+    np.testing.assert_array_equal(levels(batch.truth[0]), negatives.read_whole(clip).transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(levels(batch.degraded), 255 - levels(batch.truth))
+
+
+def test_an_interpolation_gets_every_second_frame_and_makes_the_middle_one(coordinates: PreparedData, make_params):
+    params = make_params(BETWEEN)
+    firsts = set()
+    for step in range(40):
+        degraded, truth = training_sample(coordinates, params, step, 0)
+        assert (degraded.shape, truth.shape) == ((4, 3, 16, 16), (1, 3, 16, 16))
+        given, made = levels(degraded)[:, 0, 0, 0], levels(truth)[:, 0, 0, 0]
+        np.testing.assert_array_equal(given - given[0], [0, 2, 4, 6])
+        assert made - given[0] == [3]
+        np.testing.assert_array_equal(levels(degraded)[:, 1:], np.broadcast_to(levels(truth)[:, 1:], (4, 2, 16, 16)))
+        firsts.add(int(given[0]))
+    assert firsts == {0, 1, 2, 100}
+
+
+def test_an_interpolated_evaluation_clip_makes_every_frame_that_has_enough_neighbours(tmp_path, coordinate_clip, write_data, make_params):
+    data = write_data(tmp_path / "data", {"test/a": coordinate_clip(12, 8, 8), "test/b": coordinate_clip(7, 8, 8)})
+    for clip, given, made in zip(data.clips("test"), ([0, 2, 4, 6, 8, 10], [0, 2, 4, 6]), ([3, 5, 7], [3])):
+        batch = evaluation_clip(data, make_params(BETWEEN), clip)
+        assert levels(batch.degraded)[0, :, 0, 0, 0].tolist() == given
+        assert levels(batch.truth)[0, :, 0, 0, 0].tolist() == made
+
+
+def test_mirrored_frames_continue_the_window_backwards(coordinates: PreparedData, make_params):
+    params = make_params({**SMALL, **noise(30.0, 30.0), "train.frames": 9, "train.mirrored_frames": 2})
+    for step in range(10):
+        degraded, truth = training_sample(coordinates, params, step, 0)
+        assert degraded.shape == truth.shape == (9, 3, 16, 16)
+        frames = levels(truth)[:, 0, 0, 0]
+        assert (frames - frames[0]).tolist() == [0, 1, 2, 3, 4, 5, 6, 6, 5]
+        assert torch.equal(degraded[7:], degraded[[6, 5]])
 
 
 def test_an_evaluation_clip_is_whole_and_always_degraded_alike(coordinates: PreparedData, make_params):
@@ -192,13 +258,14 @@ def test_evaluation_clips_differ_in_their_noise(tmp_path, coordinate_clip, write
     assert not any(same(one, two) for one, two in itertools.combinations(batches, 2))
 
 
-def test_an_evaluation_clip_is_cut_to_a_multiple_of_the_scale(coordinates: PreparedData, make_params):
+@pytest.mark.parametrize("kind", [BICUBIC, BLUR_DOWN], ids=["bicubic", "blur_down"])
+def test_an_evaluation_clip_is_cut_to_a_multiple_of_the_scale(coordinates: PreparedData, make_params, kind: dict):
     clip = coordinates.clips("test")[0]
-    batch = evaluation_clip(coordinates, make_params(BICUBIC), clip)
+    batch = evaluation_clip(coordinates, make_params(kind), clip)
     assert (batch.truth.shape, batch.degraded.shape) == ((1, 8, 3, 20, 24), (1, 8, 3, 5, 6))
     assert batch.degraded.min() >= 0 and batch.degraded.max() <= 1
-    levels = batch.degraded * 255
-    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+    grey = batch.degraded * 255
+    torch.testing.assert_close(grey, grey.round(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +275,15 @@ def test_an_evaluation_clip_is_cut_to_a_multiple_of_the_scale(coordinates: Prepa
         (
             {"train.crop": 22},
             r"clip train/b \(7 frames of 30x20\): expected frames of at least train.crop = 22 pixels, found 30x20; lower train.crop",
+        ),
+        (
+            {"train.frames": 9, "train.mirrored_frames": 1},
+            r"clip train/b \(7 frames of 30x20\): expected at least 8 frames for train.frames = 9, found 7; lower train.frames",
+        ),
+        (BETWEEN, r"clip val/a \(6 frames of 20x24\): expected at least 7 frames for train.frames = 4, found 6; .* or use longer clips"),
+        (
+            RECORDED,
+            r"clip train/a .*: expected degraded frames recorded beside it, found none; import pairs of folders with `vrt data import --layout`",
         ),
         ({"train.crop": 26}, r"clip train/a \(9 frames of 24x28\): expected frames of at least train.crop = 26 pixels, found 24x28"),
     ],

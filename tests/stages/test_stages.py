@@ -6,8 +6,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from vrt.data.clips import PreparedData
-from vrt.params import Data, Evaluate, Network, Noise, Optimizer, Params, Section, Train, load_params
+from vrt.params import Data, Evaluate, Network, Noise, Optimizer, Params, Train, load_params
 from vrt.stages.evaluate import run_evaluation
+from vrt.typed_yaml import Section
 
 SECTIONS = {Params: "", Data: "data.", Evaluate: "evaluate.", Network: "network.", Noise: "degradation.", Optimizer: "optimizer.", Train: "train."}
 
@@ -81,10 +82,18 @@ def test_a_real_video_is_imported_prepared_and_trained_on(make_workspace):
 SUPER_RESOLUTION = {"degradation": {"kind": "bicubic", "scale": 4}, "network__upscale": 4, "train__crop": 32}
 NON_BLIND = {"network__nonblind_denoising": True, "degradation__sigma_min": 0}
 WITHOUT_EMA = {"train__ema_decay": 0}
+INTERPOLATION = {
+    "degradation": {"kind": "between"},
+    **{"network__pa_frames": 0, "network__deformable_groups": 0, "optimizer__flow_names": [], "evaluate__overlap": [0, 8, 8]},
+}
 TWO_WORKERS = {"data__workers": 2, "train__batch_size": 2}
 
 
-@pytest.mark.parametrize("changes", [SUPER_RESOLUTION, NON_BLIND, WITHOUT_EMA, TWO_WORKERS], ids=["x4", "non-blind", "no EMA", "workers"])
+@pytest.mark.parametrize(
+    "changes",
+    [SUPER_RESOLUTION, NON_BLIND, INTERPOLATION, WITHOUT_EMA, TWO_WORKERS],
+    ids=["x4", "non-blind", "between", "no EMA", "workers"],
+)
 def test_every_kind_of_training_trains_resumes_and_is_evaluated(make_workspace, changes):
     workspace = make_workspace("kind")
     workspace.edit(**changes, train__total_steps=2)

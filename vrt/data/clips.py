@@ -2,6 +2,7 @@
 
     data/prepared/index.json            what there is: one entry per clip, with size and SHA-256
     data/prepared/{split}/{name}.npy    one clip: uint8, (D, H, W, 3), RGB
+    data/prepared/recorded/{split}/{name}.npy    its degraded frames, where the data set has some: the same shape
 
 D frames, H height, W width. A crop of some frames is read through a memory map, so only its pages are touched.
 """
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -22,25 +24,44 @@ import numpy as np
 from pydantic import Field
 
 from vrt.observe import progress
-from vrt.params import ParamsError, Section, parse
+from vrt.typed_yaml import ParamsError, Section, parse
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 FORMAT = 1
+Shape = tuple[int, ...]
 PREPARE = "run `dvc repro prepare` (or `vrt prepare`)"
+NO_RECORDING = (
+    "expected degraded frames recorded beside it, found none; import pairs of folders with `vrt data import --layout`, "
+    "or choose another degradation.kind"
+)
 
 
 class DataError(ValueError):
     """Data that can't be used; the message names the subject, what was expected and found, and the remedy."""
 
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+class Recording(Section):
+    """The degraded frames that were recorded beside a clip, of the clip's own size."""
+
+    file: Annotated[str, Field(pattern=rf"^recorded/(train|val|test)/{NAME}\.npy$")]
+    """Path below the prepared folder."""
+    bytes: Annotated[int, Field(gt=0)]
+    """Size of the file, header included."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of the file, header included."""
+
+
 class Clip(Section):
     """One prepared clip, as the index lists it."""
 
     split: Split
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=rf"^{NAME}$")]
     """Unique within the split."""
-    file: Annotated[str, Field(pattern=r"^(train|val|test)/[A-Za-z0-9][A-Za-z0-9._-]*\.npy$")]
+    file: Annotated[str, Field(pattern=rf"^(train|val|test)/{NAME}\.npy$")]
     """Path below the prepared folder."""
     frames: Annotated[int, Field(gt=0)]
     height: Annotated[int, Field(gt=0)]
@@ -49,6 +70,13 @@ class Clip(Section):
     """Size of the file, header included."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """Of the file, header included."""
+    recorded: Recording | None = None
+    """Absent from the index of a data set without degraded frames, whose digest is older than this field."""
+
+    @property
+    def files(self) -> "list[Clip | Recording]":
+        """What is stored of it: file, bytes and sha256 of each."""
+        return [self, self.recorded] if self.recorded else [self]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -92,42 +120,58 @@ class PreparedData:
         except (ParamsError, ValueError) as error:
             raise DataError(f"{path}: expected an index of format {FORMAT}, found a damaged or foreign file; {PREPARE}\n{error}") from None
         for clip in index.clips:
-            _check_size(root / clip.file, clip)
+            _check_sizes(root, clip)
         return cls(root, index, hashlib.sha256(text).hexdigest())
 
     def clips(self, split: Split) -> tuple[Clip, ...]:
-        return tuple(clip for clip in self.index.clips if clip.split == split)
+        return self._by_split[split]
 
-    def read(self, clip: Clip, first_frame: int, frames: int, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """A crop of some frames: uint8, (frames, height, width, 3), a copy of its own.
+    def lengths(self, split: Split) -> np.ndarray:
+        """Frames of each of `clips`."""
+        return self._lengths[split]
 
-        Raises DataError where the crop leaves the clip or the file can't be read any more.
+    @cached_property
+    def _by_split(self) -> dict[Split, tuple[Clip, ...]]:
+        # Once: a data set can have 90,000 clips, and every sample asks.
+        return {split: tuple(clip for clip in self.index.clips if clip.split == split) for split in SPLITS}
+
+    @cached_property
+    def _lengths(self) -> dict[Split, np.ndarray]:
+        return {split: np.array([clip.frames for clip in clips], int) for split, clips in self._by_split.items()}
+
+    def read(self, clip: Clip, first_frame: int, frames: int, top: int, left: int, height: int, width: int, recorded: bool = False) -> np.ndarray:
+        """A crop of some frames, or of their degraded recording: uint8, (frames, height, width, 3), a copy of its own.
+
+        Raises DataError where the crop leaves the clip, the file can't be read any more, or there is no recording.
         """
         parts = (("frames", first_frame, frames, clip.frames), ("rows", top, height, clip.height), ("columns", left, width, clip.width))
         for what, first, count, size in parts:
             if first < 0 or count < 1 or first + count > size:
                 raise DataError(f"clip {clip}: expected {what} within 0 to {size}, found {first} to {first + count}; ask for a part of the clip")
-        stored = self._map(clip)
+        stored = self._map(clip, recorded)
         return np.array(stored[first_frame : first_frame + frames, top : top + height, left : left + width])
 
-    def read_whole(self, clip: Clip) -> np.ndarray:
+    def read_whole(self, clip: Clip, recorded: bool = False) -> np.ndarray:
         """uint8, (D, H, W, 3)."""
-        return self.read(clip, 0, clip.frames, 0, 0, clip.height, clip.width)
+        return self.read(clip, 0, clip.frames, 0, 0, clip.height, clip.width, recorded)
 
     def verify(self) -> None:
         """Read everything and compare it with the digests of the index. Raises DataError, which names the first clip that differs."""
         with progress("verifying", len(self.index.clips), "clips") as bar:
             for clip in self.index.clips:
-                path = self.root / clip.file
-                _check_size(path, clip)
-                with path.open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != clip.sha256:
-                    raise DataError(f"{path}: expected SHA-256 {clip.sha256[:12]}..., found {found[:12]}...; the file has changed: {PREPARE}")
+                _check_sizes(self.root, clip)
+                for stored in clip.files:
+                    path = self.root / stored.file
+                    with path.open("rb") as file:
+                        found = hashlib.file_digest(file, "sha256").hexdigest()
+                    if found != stored.sha256:
+                        raise DataError(f"{path}: expected SHA-256 {stored.sha256[:12]}..., found {found[:12]}...; the file has changed: {PREPARE}")
                 bar.advance(clip=clip.name)
 
-    def _map(self, clip: Clip) -> np.ndarray:
-        path = self.root / clip.file
+    def _map(self, clip: Clip, recorded: bool) -> np.ndarray:
+        if recorded and clip.recorded is None:
+            raise DataError(f"clip {clip}: {NO_RECORDING}")
+        path = self.root / (clip.recorded if recorded else clip).file
         try:
             stored = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -137,13 +181,15 @@ class PreparedData:
         return stored
 
 
-def _check_size(path: Path, clip: Clip) -> None:
-    try:
-        found = path.stat().st_size
-    except OSError:
-        raise DataError(f"{path}: expected clip {clip}, found no file; {PREPARE}") from None
-    if found != clip.bytes:
-        raise DataError(f"{path}: expected {clip.bytes} bytes, found {found}; the file is cut off or damaged: {PREPARE}")
+def _check_sizes(root: Path, clip: Clip) -> None:
+    for stored in clip.files:
+        path = root / stored.file
+        try:
+            found = path.stat().st_size
+        except OSError:
+            raise DataError(f"{path}: expected clip {clip}, found no file; {PREPARE}") from None
+        if found != stored.bytes:
+            raise DataError(f"{path}: expected {stored.bytes} bytes, found {found}; the file is cut off or damaged: {PREPARE}")
 
 
 class Writer:
@@ -153,34 +199,44 @@ class Writer:
         self._folder = folder
         self._clips: list[Clip] = []
 
-    def add(self, split: Split, name: str, frames: int, pixels: Iterable[np.ndarray]) -> Clip:
-        """Store a clip of `frames` frames; `pixels` yields each as uint8 (H, W, 3) and is never held in whole.
+    def add(self, split: Split, name: str, frames: int, pixels: Iterable[np.ndarray], recorded: Iterable[np.ndarray] | None = None) -> Clip:
+        """Store a clip of `frames` frames, and the degraded frames recorded beside it; both yield uint8 (H, W, 3) and are never held in whole.
 
-        Raises DataError where it yields another number of frames, or frames of changing size.
+        Raises DataError where they yield another number of frames, or frames of changing size.
         """
-        file_name = f"{split}/{name}.npy"
+        file, recording = f"{split}/{name}.npy", None
+        shape, size, digest = self._write(file, frames, pixels, None)
+        if recorded is not None:
+            beside = f"recorded/{file}"
+            _, recorded_size, recorded_digest = self._write(beside, frames, recorded, shape)
+            recording = Recording(file=beside, bytes=recorded_size, sha256=recorded_digest)
+        height, width, _ = shape
+        size_of = {"frames": frames, "height": height, "width": width}
+        clip = Clip(split=split, name=name, file=file, **size_of, bytes=size, sha256=digest, recorded=recording)
+        self._clips.append(clip)
+        return clip
+
+    def _write(self, file_name: str, frames: int, pixels: Iterable[np.ndarray], shape: Shape | None) -> tuple[Shape, int, str]:
+        """(shape of a frame, size of the file, its SHA-256); `shape`, if given, is what the frames must have."""
+        clip = file_name.removesuffix(".npy")
         path = self._folder / file_name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         stream = iter(pixels)
         first = next(stream, None)
         if first is None:
-            raise DataError(f"clip {split}/{name}: expected {frames} frames, found none; check the frame ranges in dataset.yaml")
-        height, width, _ = first.shape
+            raise DataError(f"clip {clip}: expected {frames} frames, found none; check the frame ranges in dataset.yaml")
+        shape = shape or first.shape
         digest = hashlib.sha256()
         with path.open("xb") as file:
-            for part in chain([_header((frames, *first.shape))], _serialised(f"{split}/{name}", frames, first.shape, chain([first], stream))):
+            for part in chain([_header((frames, *shape))], _serialised(clip, frames, shape, chain([first], stream))):
                 file.write(part)
                 digest.update(part)
-            size = file.tell()
-        shape = {"frames": frames, "height": height, "width": width}
-        clip = Clip(split=split, name=name, file=file_name, **shape, bytes=size, sha256=digest.hexdigest())
-        self._clips.append(clip)
-        return clip
+            return shape, file.tell(), digest.hexdigest()
 
     def finish(self, dataset: str) -> None:
         """Write the index. Canonical JSON (sorted keys and clips, no spaces), so that equal data has an equal digest."""
         clips = sorted(self._clips, key=lambda clip: (SPLITS.index(clip.split), clip.name))
-        content = Index(format=FORMAT, dataset=dataset, clips=tuple(clips)).model_dump(mode="json")
+        content = Index(format=FORMAT, dataset=dataset, clips=tuple(clips)).model_dump(mode="json", exclude_none=True)
         (self._folder / "index.json").write_text(json.dumps(content, sort_keys=True, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
@@ -225,7 +281,7 @@ def _header(shape: tuple[int, ...]) -> bytes:
     return header.getvalue()
 
 
-def _serialised(clip: str, frames: int, shape: tuple[int, ...], pixels: Iterable[np.ndarray]) -> Iterator[bytes]:
+def _serialised(clip: str, frames: int, shape: Shape, pixels: Iterable[np.ndarray]) -> Iterator[bytes]:
     count = 0
     for count, frame in enumerate(pixels, start=1):
         if frame.shape != shape or frame.dtype != np.uint8:

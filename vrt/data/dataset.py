@@ -1,18 +1,20 @@
 """What a data set is made from: `data/raw/NAME/dataset.yaml`, typed.
 
-Three kinds: `synthetic` (simulated camera motion over the photographs that scikit-learn ships), `video` (one video
-file) and `frames` (a folder of images). Each says which part of its source belongs to which split, and no part may
-belong to two: what is tested on was never trained on.
+Four kinds: `synthetic` (simulated camera motion over the photographs that scikit-learn ships), `video` (one video
+file), `frames` (a folder of images) and `clips` (many folders of images). Each says which part of its source belongs to
+which split, and no part may belong to two: what is tested on was never trained on.
 """
 
+import re
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vrt.data.clips import SPLITS, DataError, Split
-from vrt.params import NotNegative, Positive, Section, parse, read_yaml
+from vrt.data.clips import NAME, SPLITS, DataError, Split
+from vrt.params import NotNegative, Positive
+from vrt.typed_yaml import Section, parse, read_yaml
 
 FileName = Annotated[str, Field(pattern=r"^[^/\\]+$")]
 Magnitude = Annotated[float, Field(ge=0)]
@@ -120,8 +122,23 @@ class Frames(Section):
     splits: FrameSplits
 
 
-Dataset = Synthetic | Video | Frames
-KINDS: dict[str, type[Synthetic] | type[Video] | type[Frames]] = {"synthetic": Synthetic, "video": Video, "frames": Frames}
+class Clips(Section):
+    """Many clips. Beside the dataset.yaml lie
+
+    sharp/CLIP/       the images of each clip, in natural order of their names
+    recorded/CLIP/    with `recorded`, their degraded counterparts, of the same names up to the suffix
+    train.txt, val.txt, test.txt    which clips belong to which split, one name a line
+    """
+
+    kind: Literal["clips"]
+    recorded: bool
+    """Whether degraded frames were recorded beside the sharp ones."""
+
+
+Dataset = Synthetic | Video | Frames | Clips
+KINDS: dict[str, type[Dataset]] = {"synthetic": Synthetic, "video": Video, "frames": Frames, "clips": Clips}
+SHARP, RECORDED = "sharp", "recorded"
+"""The folders of a data set of kind `clips`."""
 
 
 def load_dataset(raw: Path) -> Dataset:
@@ -139,3 +156,25 @@ def load_dataset(raw: Path) -> Dataset:
     if not isinstance(kind, str) or kind not in KINDS:
         raise DataError(f"{path}: kind: found {kind!r}; expected one of: {', '.join(KINDS)}")
     return parse(KINDS[kind], tree, path)
+
+
+def listed_clips(raw: Path) -> list[tuple[Split, str]]:
+    """(split, name) of each clip that the lists of a data set of kind `clips` name, in their order.
+
+    Raises DataError where a list is missing or empty, or a name is odd or occurs twice.
+    """
+    found: dict[str, Split] = {}
+    for split in SPLITS:
+        path = raw / f"{split}.txt"
+        if not path.is_file():
+            raise DataError(f"{path}: expected a list of the clips of this split, one name a line, found no such file; write or import it again")
+        names = path.read_text(encoding="utf-8").split()
+        if not names:
+            raise DataError(f"{path}: expected a clip name on each line, found none; enter at least one clip of {SHARP}/")
+        for name in names:
+            if not re.fullmatch(NAME, name):
+                raise DataError(f"{path}: expected the name of a folder of {SHARP}/, found {name!r}; correct or remove that line")
+            if name in found:
+                raise DataError(f"{path}: clip {name} is listed in {found[name]}.txt already; expected each clip once: remove one of the lines")
+            found[name] = split
+    return [(split, name) for name, split in found.items()]

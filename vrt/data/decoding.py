@@ -28,6 +28,22 @@ def image_paths(folder: Path) -> list[Path]:
     return sorted(found, key=_natural)
 
 
+def paired(sharp: list[Path], recorded: list[Path]) -> list[Path]:
+    """`recorded`, once it is sure that each belongs to the sharp image at the same place: their names agree up to the suffix.
+
+    Raises DataError, which names the first that has no counterpart, or the folder where a name comes twice.
+    """
+    names = {path.stem for path in sharp}, {path.stem for path in recorded}
+    for paths, others, folder in ((sharp, names[1], recorded[0].parent), (recorded, names[0], sharp[0].parent)):
+        alone = next((path for path in paths if path.stem not in others), None)
+        if alone:
+            raise DataError(f"{alone}: expected a frame {alone.stem} in {folder} too, found none; add it there, or remove this one")
+    if len(sharp) != len(recorded):
+        folder = max(sharp, recorded, key=len)[0].parent
+        raise DataError(f"{folder}: expected one frame of each name, found {len(sharp)} sharp and {len(recorded)} degraded ones; remove the copies")
+    return recorded
+
+
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
     parts = re.findall(r"\d+|\D+", path.name.lower())
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], path.name

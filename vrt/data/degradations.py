@@ -1,14 +1,17 @@
-"""How clean clips are degraded: pure functions of the clip and, for noise, of a generator.
+"""How clean clips are degraded, and how short ones are continued: pure functions of the clip and, for noise, of a generator.
 
 Clips are float32 (D, 3, H, W), RGB, in [0, 1]. Only elementwise arithmetic in a fixed order, so neither the number of
 threads nor the process changes a bit of the result.
 """
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
-# How far around its own `scale` x `scale` block a reduced pixel looks, in such blocks (1.5 of them, rounded up).
+# How far around its own `scale` x `scale` block a bicubically reduced pixel looks, in such blocks (1.5 of them, rounded up).
 BICUBIC_REACH = 2
 
 
@@ -28,10 +31,39 @@ def bicubic_downsample(clip: Tensor, scale: int) -> Tensor:
     by `scale` against aliasing, borders mirrored with the edge pixel repeated. May overshoot [0, 1] at edges.
     Raises ValueError where H or W is no multiple of `scale`.
     """
-    for name, size in zip(("height", "width"), clip.shape[-2:]):
-        if size % scale:
-            raise ValueError(f"bicubic reduction: expected a {name} divisible by {scale}, found {size}; crop the clip to {size - size % scale}")
-    return _reduce(_reduce(clip, scale, dim=-2), scale, dim=-1)
+    _check_divides("bicubic reduction", clip, scale)
+    weights = bicubic_weights(scale)
+    for dim in (-2, -1):
+        clip = _reduce(clip, scale, dim, weights, -(3 * scale // 2), _mirrored)
+    return clip
+
+
+def blur_downsample(clip: Tensor, scale: int, sigma: float) -> Tensor:
+    """(D, 3, H, W) -> (D, 3, H/scale, W/scale): Gaussian blur of `sigma` pixels, then one pixel of each block. `scale` is even.
+
+    As BasicVSR and VRT's other predecessors make their blur-down sets (mmagic issue 551 names RCAN's script, RCAN issue 95 quotes
+    it): the kernel has the even side 2 ceil(3 sigma) + 2, 12 for 1.6, so that each output lies at the centre of its block, as in the
+    bicubic reduction; borders repeat the edge pixel. DUF's variant has 13 taps and samples the first pixel of each block, 1.5 pixels
+    off: a network trained on the one fails on the other (mmagic issue 318).
+    Raises ValueError where H or W is no multiple of `scale`.
+    """
+    _check_divides("blur-down reduction", clip, scale)
+    weights = gaussian_weights(sigma)
+    for dim in (-2, -1):
+        clip = _reduce(clip, scale, dim, weights, scale // 2 - len(weights) // 2, _repeated)
+    return clip
+
+
+def blur_reach(scale: int, sigma: float) -> int:
+    """How far around its own block a pixel of `blur_downsample` looks, in blocks."""
+    return math.ceil((len(gaussian_weights(sigma)) - scale) / 2 / scale)
+
+
+def gaussian_weights(sigma: float) -> np.ndarray:
+    """(2 ceil(3 sigma) + 2,) weights, sum 1, symmetric about the point between the middle two."""
+    side = 2 * math.ceil(3 * sigma) + 2
+    weights = np.exp(-((np.arange(side) - (side - 1) / 2) ** 2) / (2 * sigma**2))
+    return weights / weights.sum()
 
 
 def bicubic_weights(scale: int) -> np.ndarray:
@@ -48,13 +80,35 @@ def bicubic_weights(scale: int) -> np.ndarray:
     return weights / weights.sum()
 
 
-def _reduce(clip: Tensor, scale: int, dim: int) -> Tensor:
+def continue_backwards(clip: Tensor, frames: int) -> Tensor:
+    """(..., D, C, H, W) -> (..., frames, C, H, W): the clip followed by its own frames, last one first; `clip` itself where it has enough."""
+    length = clip.shape[-4]
+    if length >= frames:
+        return clip
+    return clip.index_select(-4, _mirrored(torch.arange(frames, device=clip.device), length))
+
+
+def _check_divides(what: str, clip: Tensor, scale: int) -> None:
+    for name, size in zip(("height", "width"), clip.shape[-2:]):
+        if size % scale:
+            raise ValueError(f"{what}: expected a {name} divisible by {scale}, found {size}; crop the clip to {size - size % scale}")
+
+
+def _mirrored(positions: Tensor, size: int) -> Tensor:
+    """Positions beyond the ends 0 and size - 1 mirrored with the edge repeated: ... 1 0 | 0 1 2 ... n-1 | n-1 n-2 ..."""
+    around = positions % (2 * size)
+    return torch.minimum(around, 2 * size - 1 - around)
+
+
+def _repeated(positions: Tensor, size: int) -> Tensor:
+    """Positions beyond the ends moved to the edge: ... 0 0 | 0 1 2 ... n-1 | n-1 n-1 ..."""
+    return positions.clamp(0, size - 1)
+
+
+def _reduce(clip: Tensor, scale: int, dim: int, weights: np.ndarray, first: int, border: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Weighted sums around every `scale`-th place; the first weight belongs to input i * scale + `first`."""
     size = clip.shape[dim]
-    weights = bicubic_weights(scale)
-    first = -(3 * scale // 2)
     total = torch.zeros_like(clip.narrow(dim, 0, size // scale))
     for offset, weight in enumerate(weights, start=first):
-        # Mirrored with the edge repeated: ... 1 0 | 0 1 2 ... n-1 | n-1 n-2 ...
-        position = (torch.arange(0, size, scale) + offset) % (2 * size)
-        total += clip.index_select(dim, torch.minimum(position, 2 * size - 1 - position)) * float(weight)
+        total += clip.index_select(dim, border(torch.arange(0, size, scale) + offset, size)) * float(weight)
     return total

@@ -1,7 +1,7 @@
-"""`vrt data import`: make a data set below `data/raw/` from a video or a folder of frames.
+"""`vrt data import`: make a data set below `data/raw/` from a video, a folder of frames, or a copy of a published data set.
 
-The source is copied as it is; the dataset.yaml beside it says which frames belong to which split. Everything is decoded
-once before, so that what is imported can also be prepared.
+The source is copied as it is; the dataset.yaml beside it says which frames or clips belong to which split. Everything is
+decoded once before, so that what is imported can also be prepared.
 """
 
 import re
@@ -13,8 +13,10 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from vrt.data.clips import SPLITS, DataError
-from vrt.data.decoding import expected_frames, image_frames, image_paths, video_frames
+from vrt.data.clips import NAME, SPLITS, DataError
+from vrt.data.dataset import RECORDED, SHARP
+from vrt.data.decoding import expected_frames, image_frames, image_paths, paired, video_frames
+from vrt.data.layouts import SourceClip, source_clips
 from vrt.observe import log, progress
 
 # Long enough for every published configuration but the 16-frame one, whose training split is far longer anyway.
@@ -24,26 +26,69 @@ VALIDATION_PART, TEST_PART = 0.1, 0.1
 FRAMES_FOLDER = "frames"
 
 
-def import_dataset(source: Path, name: str, raw_root: Path) -> Path:
-    """Copy a video, or the images of a folder, into a new data set `raw_root`/`name`, and split it; returns that folder.
+def import_dataset(source: Path, name: str, raw_root: Path, layout: str | None = None) -> Path:
+    """Copy a video, the images of a folder, or with `layout` a folder of many clips, into a new data set `raw_root`/`name`; returns that.
+
+    One video or folder is split by its frames; the clips of a layout (`vrt.data.layouts`) as its publishers or its folders say.
 
     Raises DataError for a name that is taken or odd, and for a source that is missing, empty, no video, damaged, too
-    short or of changing frame size; nothing is left behind then.
+    short, of changing frame size, or not of that layout; nothing is left behind then.
     """
     target = raw_root / name
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not re.fullmatch(NAME, name):
         raise DataError(f"name {name!r}: expected letters, digits, '.', '_' and '-', starting with a letter or digit; choose another --name")
     if target.exists():
         raise DataError(f"{target}: expected a new data set, found an existing one; choose another --name or remove that folder")
     if not source.exists():
         raise DataError(f"{source}: expected a video or a folder of frames, found nothing; check the path")
     with _new_folder(target) as folder:
-        described, count = _import_frames(source, folder) if source.is_dir() else _import_video(source, folder)
-        splits = split_frames(count, source)
-        _write_yaml(folder / "dataset.yaml", {**described, "splits": splits}, f"Imported from {source.name!r}, {count} frames")
-    ranges = ", ".join(f"{split} {first} to {end - 1}" for split, [(first, end)] in splits.items())
-    log.info("imported %d frames into %s: %s", count, target, ranges)
+        imported = _import_clips(source, folder, layout) if layout else _import_one(source, folder)
+    log.info("imported %s into %s", imported, target)
     return target
+
+
+def _import_one(source: Path, folder: Path) -> str:
+    """What was imported, in words."""
+    described, count = _import_frames(source, folder) if source.is_dir() else _import_video(source, folder)
+    splits = split_frames(count, source)
+    comment = f"Imported from {source.name!r}, {count} frames; ranges are [first frame, frame after the last]"
+    _write_yaml(folder / "dataset.yaml", {**described, "splits": splits}, comment)
+    return f"{count} frames: " + ", ".join(f"{split} {first} to {end - 1}" for split, [(first, end)] in splits.items())
+
+
+def _import_clips(source: Path, folder: Path, layout: str) -> str:
+    """What was imported, in words."""
+    clips = source_clips(layout, source)
+    with progress(f"importing {source.name}", len(clips), "clips") as bar:
+        for clip in clips:
+            if not re.fullmatch(NAME, clip.name):
+                raise DataError(f"{clip.sharp}: expected a clip name of letters, digits, '.', '_' and '-', found {clip.name!r}; rename that folder")
+            _copy_clip(clip, folder)
+            bar.advance(clip=clip.name)
+    parts = []
+    for split in SPLITS:
+        names = [clip.name for clip in clips if clip.split == split]
+        (folder / f"{split}.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+        parts.append(f"{split} {len(names)}")
+    recorded = clips[0].recorded is not None
+    comment = f"Imported from {source.name!r}, layout {layout}; train.txt, val.txt and test.txt name the clips of each split"
+    _write_yaml(folder / "dataset.yaml", {"kind": "clips", "recorded": recorded}, comment)
+    return f"{len(clips)} clips{' with their degraded frames' if recorded else ''}: {', '.join(parts)}"
+
+
+def _copy_clip(clip: SourceClip, folder: Path) -> None:
+    sharp = image_paths(clip.sharp)
+    folders = [(sharp, SHARP)] + ([(paired(sharp, image_paths(clip.recorded)), RECORDED)] if clip.recorded else [])
+    shapes = []
+    for paths, kind in folders:
+        shapes += [frame.shape for frame in image_frames(paths)][:1]
+        copies = folder / kind / clip.name
+        copies.mkdir(parents=True)
+        for path in paths:
+            shutil.copyfile(path, copies / path.name)
+    if shapes[0] != shapes[-1]:
+        wanted, found = (f"{height}x{width}" for height, width, _ in (shapes[0], shapes[-1]))
+        raise DataError(f"{clip.recorded}: expected frames of the size of the sharp ones, {wanted}; found {found}; use pairs of one size")
 
 
 def split_frames(count: int, source: Path) -> dict[str, list[tuple[int, int]]]:
@@ -102,4 +147,4 @@ def _write_yaml(path: Path, content: dict, comment: str) -> None:
     yaml.default_flow_style = None  # ranges as [0, 80]
     text = StringIO()
     yaml.dump(content, text)
-    path.write_text(f"# {comment}; ranges are [first frame, frame after the last].\n{text.getvalue()}", encoding="utf-8")
+    path.write_text(f"# {comment}.\n{text.getvalue()}", encoding="utf-8")

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vrt.data.clips import SPLITS, Clip, DataError, PreparedData
-from vrt.data.degradations import BICUBIC_REACH, add_noise, bicubic_downsample
-from vrt.params import Bicubic, Noise, Params
+from vrt.data.clips import NO_RECORDING, SPLITS, Clip, DataError, PreparedData
+from vrt.data.degradations import BICUBIC_REACH, add_noise, bicubic_downsample, blur_downsample, blur_reach, continue_backwards
+from vrt.params import Between, Bicubic, BlurDown, Noise, Params, Recorded
 
 # Keeps these draws apart from all others that are made from the same seed and step.
 STREAM = 0x_DA7A
@@ -29,49 +29,80 @@ class Batch:
     degraded: Tensor
     """(B, D, C, h, w) float32. C is 3, or 4 with the noise level (sigma / 255, constant) last. Noise may leave [0, 1]."""
     truth: Tensor
-    """(B, D, 3, H, W) float32 in [0, 1]."""
+    """(B, D, 3, H, W) float32 in [0, 1]; for `between` (B, T, 3, H, W), the frames to make: one in training, several of a whole clip."""
 
 
 def check_sampling(data: PreparedData, params: Params) -> None:
-    """Raises DataError where a training clip is smaller than a sample, or a split is empty."""
+    """Raises DataError where a clip is too small for the training or its evaluation, lacks its recording, or a split is empty."""
     for split in SPLITS:
         if not data.clips(split):
             raise DataError(f"{data.root}: expected clips in the split {split}, found none; add some to data/raw/{data.index.dataset}/dataset.yaml")
-    wanted = params.train
-    for clip in data.clips("train"):
-        if clip.frames < wanted.frames:
-            raise DataError(
-                f"clip {clip}: expected at least train.frames = {wanted.frames} frames, found {clip.frames}; lower train.frames or use longer clips"
-            )
-        if min(clip.height, clip.width) < wanted.crop:
-            raise DataError(
-                f"clip {clip}: expected frames of at least train.crop = {wanted.crop} pixels, found {clip.height}x{clip.width}; "
-                f"lower train.crop or use larger frames"
-            )
+        for clip in data.clips(split):
+            _check_clip(clip, params)
+
+
+def _check_clip(clip: Clip, params: Params) -> None:
+    between, trained = isinstance(params.degradation, Between), clip.split == "train"
+    if isinstance(params.degradation, Recorded) and clip.recorded is None:
+        raise DataError(f"clip {clip}: {NO_RECORDING}")
+    wanted = window_frames(params)
+    if clip.frames < wanted and (trained or between):
+        needed = f"train.frames = {wanted} frames" if wanted == params.train.frames else f"{wanted} frames for train.frames = {params.train.frames}"
+        raise DataError(f"clip {clip}: expected at least {needed}, found {clip.frames}; lower train.frames or use longer clips")
+    if trained and min(clip.height, clip.width) < params.train.crop:
+        raise DataError(
+            f"clip {clip}: expected frames of at least train.crop = {params.train.crop} pixels, found {clip.height}x{clip.width}; "
+            f"lower train.crop or use larger frames"
+        )
+
+
+def window_frames(params: Params) -> int:
+    """Consecutive frames of a clip that a training sample is made of."""
+    if isinstance(params.degradation, Between):
+        return 2 * params.train.frames - 1
+    return params.train.frames - params.train.mirrored_frames
 
 
 def training_sample(data: PreparedData, params: Params, step: int, index: int) -> tuple[Tensor, Tensor]:
-    """Sample `index` of the global batch of `step`: degraded (D, C, h, w) and truth (D, 3, H, W).
+    """Sample `index` of the global batch of `step`: degraded (D, C, h, w) and truth (D, 3, H, W), for `between` (1, 3, H, W).
 
-    Every window of train.frames frames of the training split is equally likely, and every crop position in it, every
+    Every window of `window_frames` frames of the training split is equally likely, and every crop position in it, every
     flip and quarter turn, and every noise level from sigma_min to sigma_max.
     Raises DataError, which names step and clip.
     """
     rng = np.random.default_rng([params.seed, STREAM, step, index])
-    clip, first = _draw_window(data.clips("train"), params.train.frames, rng)
+    clip, first = _draw_window(data, window_frames(params), rng)
     try:
-        match params.degradation:
-            case Noise() as noise:
-                sigma = rng.uniform(noise.sigma_min, noise.sigma_max)
-                top, left = (int(rng.integers(size - params.train.crop + 1)) for size in (clip.height, clip.width))
-                truth = _floats(data.read(clip, first, params.train.frames, top, left, params.train.crop, params.train.crop))
-                degraded = _noisy(truth, sigma, rng, params)
-            case Bicubic(scale=scale):
-                degraded, truth = _draw_reduced_crop(data, clip, first, params, scale, rng)
+        degraded, truth = _draw_crop(data, clip, first, params, rng)
     except DataError as error:
         raise DataError(f"step {step}, sample {index}, clip {clip}: {error}") from error
+    if params.train.mirrored_frames:
+        degraded, truth = (continue_backwards(frames, params.train.frames) for frames in (degraded, truth))
     turns = rng.integers(2, size=3)
     return _turn(degraded, turns), _turn(truth, turns)
+
+
+def _draw_crop(data: PreparedData, clip: Clip, first: int, params: Params, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Degraded and truth of a window of the clip at a place drawn from `rng`."""
+    side, frames = params.train.crop, window_frames(params)
+
+    def draw_place() -> tuple[int, int, int, int]:
+        top, left = (int(rng.integers(size - side + 1)) for size in (clip.height, clip.width))
+        return top, left, side, side
+
+    match params.degradation:
+        case Noise() as noise:
+            sigma = rng.uniform(noise.sigma_min, noise.sigma_max)
+            truth = _floats(data.read(clip, first, frames, *draw_place()))
+            return _noisy(truth, sigma, rng, params), truth
+        case Bicubic() | BlurDown() as reduction:
+            return _draw_reduced_crop(data, clip, first, params, reduction, rng)
+        case Recorded():
+            place = draw_place()
+            degraded, truth = (_floats(data.read(clip, first, frames, *place, recorded=recorded)) for recorded in (True, False))
+            return degraded, truth
+        case Between():
+            return _given_and_made(_floats(data.read(clip, first, frames, *draw_place())), params.train.frames)
 
 
 def training_batch(data: PreparedData, params: Params, step: int) -> Batch:
@@ -97,7 +128,9 @@ def evaluation_clip(data: PreparedData, params: Params, clip: Clip) -> Batch:
     """A whole clip (B = 1), degraded in the same way whenever and by whomever it is evaluated.
 
     The noise depends on the clip's name alone, not on the training's seed, so that trainings compare. For a reduction the
-    bottom and right rest of height and width that do not divide by the scale are cut off.
+    bottom and right rest of height and width that do not divide by the scale are cut off. For `between` every second
+    frame is degraded's, and truth has those that lie in the middle of params.network.img_size[0] of them.
+    Raises DataError where a clip has too few frames for that, or no recording.
     """
     match params.degradation:
         case Noise() as noise:
@@ -105,10 +138,14 @@ def evaluation_clip(data: PreparedData, params: Params, clip: Clip) -> Batch:
             name = hashlib.sha256(clip.file.encode()).digest()
             rng = np.random.default_rng(list(name))
             degraded = _noisy(truth, noise.sigma_test, rng, params)
-        case Bicubic(scale=scale):
-            height, width = (size - size % scale for size in (clip.height, clip.width))
+        case Bicubic() | BlurDown() as reduction:
+            height, width = (size - size % reduction.scale for size in (clip.height, clip.width))
             truth = _floats(data.read(clip, 0, clip.frames, 0, 0, height, width))
-            degraded = _reduced(truth, scale)
+            degraded = _reduced(truth, reduction)
+        case Recorded():
+            truth, degraded = (_floats(data.read_whole(clip, recorded)) for recorded in (False, True))
+        case Between():
+            degraded, truth = _given_and_made(_floats(data.read_whole(clip)), params.network.img_size[0])
     return Batch(degraded[None], truth[None])
 
 
@@ -149,31 +186,50 @@ def _leave_process_group(_worker: int) -> None:
     os.setpgrp()
 
 
-def _draw_window(clips: tuple[Clip, ...], frames: int, rng: np.random.Generator) -> tuple[Clip, int]:
-    """A clip and the first frame of a window in it."""
-    ends = np.cumsum([clip.frames - frames + 1 for clip in clips])
+def _draw_window(data: PreparedData, frames: int, rng: np.random.Generator) -> tuple[Clip, int]:
+    """A training clip and the first frame of a window in it."""
+    ends = np.cumsum(data.lengths("train") - frames + 1)
     window = int(rng.integers(ends[-1]))
     number = int(np.searchsorted(ends, window, side="right"))
-    return clips[number], window - (int(ends[number - 1]) if number else 0)
+    return data.clips("train")[number], window - (int(ends[number - 1]) if number else 0)
 
 
-def _draw_reduced_crop(data: PreparedData, clip: Clip, first: int, params: Params, scale: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def _draw_reduced_crop(
+    data: PreparedData, clip: Clip, first: int, params: Params, reduction: Bicubic | BlurDown, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """A crop and its reduction, the same pixels as a crop of the reduced clip: it is reduced with the rows and columns around it."""
-    side = params.train.crop
+    side, scale = params.train.crop, reduction.scale
+    reach = BICUBIC_REACH if isinstance(reduction, Bicubic) else blur_reach(scale, reduction.sigma)
     spans = []
     for size in (clip.height - clip.height % scale, clip.width - clip.width % scale):
         start = int(rng.integers((size - side) // scale + 1)) * scale
-        outer = max(0, start - BICUBIC_REACH * scale)
-        spans.append((start - outer, outer, min(size, start + side + BICUBIC_REACH * scale) - outer))
+        outer = max(0, start - reach * scale)
+        spans.append((start - outer, outer, min(size, start + side + reach * scale) - outer))
     (y, top, height), (x, left, width) = spans
-    around = _floats(data.read(clip, first, params.train.frames, top, left, height, width))
-    degraded = _reduced(around, scale)[..., y // scale : (y + side) // scale, x // scale : (x + side) // scale]
+    around = _floats(data.read(clip, first, window_frames(params), top, left, height, width))
+    degraded = _reduced(around, reduction)[..., y // scale : (y + side) // scale, x // scale : (x + side) // scale]
     return degraded, around[..., y : y + side, x : x + side]
 
 
-def _reduced(truth: Tensor, scale: int) -> Tensor:
+def _reduced(truth: Tensor, reduction: Bicubic | BlurDown) -> Tensor:
     """Rounded to 8 bits, as the low-resolution frames of published data sets (and of users) are stored."""
-    return (bicubic_downsample(truth, scale) * 255).round().clamp(0, 255) / 255
+    if isinstance(reduction, Bicubic):
+        reduced = bicubic_downsample(truth, reduction.scale)
+    else:
+        reduced = blur_downsample(truth, reduction.scale, reduction.sigma)
+    return (reduced * 255).round().clamp(0, 255) / 255
+
+
+def _given_and_made(frames: Tensor, given: int) -> tuple[Tensor, Tensor]:
+    """Every second frame, (N, C, H, W), and those in the middle of each `given` consecutive ones of them, (N - given + 1, C, H, W).
+
+    Raises DataError where there is none.
+    """
+    kept = frames[::2]
+    made = len(kept) - given + 1
+    if made < 1:
+        raise DataError(f"expected at least {2 * given - 1} frames to make one in between, found {len(frames)}; use longer clips")
+    return kept, frames[given - 1 :: 2][:made]
 
 
 def _noisy(truth: Tensor, sigma: float, rng: np.random.Generator, params: Params) -> Tensor:

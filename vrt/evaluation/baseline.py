@@ -7,6 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def neighbours_mean(groups: Tensor, given: int) -> Tensor:
+    """What one has of a frame in between without the network: the mean of the frames before and after it.
+
+    groups: (D, given * 3, H, W), the frames that each of D frames is made from, in order. Returns (D, 3, H, W) in [0, 1].
+    """
+    return groups.unflatten(1, (given, 3))[:, given // 2 - 1 : given // 2 + 1].mean(1)
+
+
 def baseline(degraded: Tensor, height: int, width: int) -> Tensor:
     """The input as RGB in the size of the truth: (D, C >= 3, h, w) -> (D, 3, height, width) in [0, 1].
 

@@ -8,13 +8,24 @@ from dataclasses import asdict, astuple, dataclass
 from torch import Tensor, nn
 
 from vrt.data.clips import Clip, PreparedData
-from vrt.data.sampler import evaluation_clip
-from vrt.evaluation.baseline import baseline
+from vrt.data.degradations import continue_backwards
+from vrt.data.sampler import Batch, evaluation_clip
+from vrt.evaluation.baseline import baseline, neighbours_mean
+from vrt.evaluation.between import Interpolating, group
 from vrt.evaluation.metrics import Quality, quality
 from vrt.evaluation.pictures import Place, Triple, worst_crop
-from vrt.evaluation.tiling import AnySize, restore, tile_count
+from vrt.evaluation.tiling import AnySize, Size, restore, tile_count
 from vrt.observe import progress
-from vrt.params import Noise, Params
+from vrt.params import Between, Params
+
+INPUT_LABELS = {
+    "noise": "noisy input",
+    "bicubic": "bicubic input",
+    "blur_down": "enlarged input",
+    "recorded": "recorded input",
+    "between": "mean of the two neighbours",
+}
+"""What one has without the network, by the kind of degradation, in a sentence that goes "... over the noisy input"."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +89,16 @@ def evaluate(network: nn.Module, data: PreparedData, params: Params, split: str,
     """
     clips = _chosen_clips(data, split, limit)
     tile, overlap, upscale = params.evaluate.tile, params.evaluate.overlap, params.network.upscale
-    tiles = [tile_count((clip.frames, clip.height // upscale, clip.width // upscale), tile, overlap) for clip in clips]
     rows = []
-    any_size = AnySize(network, upscale)
-    with progress(f"evaluate {split}", sum(tiles), "tiles") as bar:
+    applied = AnySize(Interpolating(network, params.network.img_size[0]) if _interpolates(params) else network, upscale)
+    with progress(f"evaluate {split}", sum(tile_count(_input_size(clip, params), tile, overlap) for clip in clips), "tiles") as bar:
         for clip in clips:
             batch = evaluation_clip(data, params, clip)
-            restored = restore(any_size, batch.degraded, tile, overlap, upscale, lambda name=clip.name: bar.advance(clip=name))
-            rows.append(measure(clip.name, batch.degraded[0], restored[0], batch.truth[0], keep_middle=not rows))
+            given, shown = _network_input(batch, params)
+            restored = restore(applied, given, tile, overlap, upscale, lambda name=clip.name: bar.advance(clip=name))
+            rows.append(measure(clip.name, shown, restored[0, : batch.truth.shape[1]], batch.truth[0], keep_middle=not rows))
     means = Scores(_mean([row.scores.input for row in rows]), _mean([row.scores.restored for row in rows]))
-    label = "noisy input" if isinstance(params.degradation, Noise) else "bicubic input"
-    return Evaluation(split, label, tuple(rows), means)
+    return Evaluation(split, INPUT_LABELS[params.degradation.kind], tuple(rows), means)
 
 
 def validate(network: nn.Module, data: PreparedData, params: Params, limit: int | None = None) -> Evaluation:
@@ -112,6 +122,29 @@ def measure(name: str, degraded: Tensor, restored: Tensor, truth: Tensor, keep_m
         worst_crops=Triple(*(worst.cut(frames).clone() for frames in (before, restored, truth))),
         middle=Triple(*(frames[middle].clone() for frames in (before, restored, truth))) if keep_middle else None,
     )
+
+
+def _interpolates(params: Params) -> bool:
+    return isinstance(params.degradation, Between)
+
+
+def _network_input(batch: Batch, params: Params) -> tuple[Tensor, Tensor]:
+    """What the network gets, (1, D, C, h, w), and what one has without it, (D, C, h, w), of a clip.
+
+    A clip shorter than the network's windows is continued backwards, as in training; what is made of those frames is not measured.
+    """
+    frames = params.network.img_size[0]
+    if _interpolates(params):
+        groups = group(batch.degraded, frames)
+        return groups, neighbours_mean(groups[0], frames)
+    return continue_backwards(batch.degraded, frames), batch.degraded[0]
+
+
+def _input_size(clip: Clip, params: Params) -> Size:
+    """Frames, height and width of what `_network_input` gives for a clip."""
+    frames, upscale = params.network.img_size[0], params.network.upscale
+    count = (clip.frames + 1) // 2 - frames + 1 if _interpolates(params) else max(clip.frames, frames)
+    return count, clip.height // upscale, clip.width // upscale
 
 
 def _chosen_clips(data: PreparedData, split: str, limit: int | None) -> tuple[Clip, ...]:
