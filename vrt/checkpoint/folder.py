@@ -13,6 +13,7 @@ from typing import Any
 
 from vrt.checkpoint.errors import CheckpointError, FolderUnavailable
 from vrt.checkpoint.manifest import FileEntry, Manifest, manifest_name, problems_of
+from vrt.checkpoint.phases import Phase, reached
 from vrt.checkpoint.serialize import HashingWriter
 
 Write = Callable[[HashingWriter], Any]
@@ -50,6 +51,7 @@ class CheckpointFolder:
         try:
             files = tuple(self._write(f"{step}_{name}", write) for name, write in contents.items())
             manifest = describe(files)
+            reached(Phase.MANIFEST)
             self._write(manifest_name(step), lambda file: file.write(manifest.to_bytes()))
             self._sync()
         except BaseException as error:
@@ -72,7 +74,9 @@ class CheckpointFolder:
                 except RuntimeError as error:
                     raise writer.error or error from error
                 file.flush()
+                reached(Phase.FSYNC)
                 os.fsync(file.fileno())
+            reached(Phase.RENAME)
             unfinished.replace(self.path / name)
         except BaseException:
             with suppress(OSError):
@@ -120,6 +124,7 @@ class CheckpointFolder:
             unfinished = self.path / f"{_UNFINISHED}{file.name}"
             try:
                 fetch(file, unfinished)
+                reached(Phase.DOWNLOAD)
                 unfinished.replace(self.path / file.name)
             except OSError as error:
                 found = f"{self.path / file.name}: could not be written ({error.strerror})"
@@ -128,6 +133,7 @@ class CheckpointFolder:
         if problems:
             self.set_aside(manifest.step)
             raise CheckpointError("; ".join(problems))
+        reached(Phase.REPAIR)
         self._write(manifest_name(manifest.step), lambda file: file.write(manifest.to_bytes()))
         self._sync()
 
@@ -140,4 +146,5 @@ class CheckpointFolder:
         # The manifest goes first: without it the rest is no checkpoint, should this be interrupted.
         for path in sorted(self.path.glob(f"{step}_*"), key=lambda path: path.name != manifest_name(step)):
             shutil.move(path, aside / path.name)
+            reached(Phase.REPAIR)
         return aside

@@ -15,6 +15,7 @@ import torch
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest, problems_of
+from vrt.checkpoint.phases import Phase, reached
 from vrt.checkpoint.snapshot import HostCopy
 from vrt.checkpoint.store import Store
 from vrt.observe import log
@@ -175,6 +176,7 @@ class Saver:
         """
         self.wait()
         copied = self._copy.of(dict(tensors))
+        reached(Phase.SNAPSHOT)
         self._writing = self._executor.submit(self._commit, step, copied, dict(blobs), facts)
 
     def _commit(self, step: int, tensors: dict[str, Any], blobs: dict[str, bytes], facts: dict[str, Any]) -> None:
@@ -188,6 +190,7 @@ class Saver:
             self.failure = error
             return
         self.failure = None
+        reached(Phase.COMMITTED)
         self._publisher.publish(manifest)
 
     def wait(self) -> None:

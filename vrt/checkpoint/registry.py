@@ -13,6 +13,7 @@ from typing import Any
 
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
 from vrt.checkpoint.manifest import Manifest
+from vrt.checkpoint.phases import Phase, reached
 from vrt.checkpoint.resume import Registered
 
 EXPERIMENT = "vrt"
@@ -177,10 +178,12 @@ class MlflowRegistry:
                 facts = {"step": str(manifest.step), "lineage": manifest.lineage, "digest": manifest.digest, "bytes": str(manifest.size)}
                 tags = facts | metrics | manifest.origin
                 described = ", ".join([f"step {manifest.step}", *(f"{key} {value}" for key, value in metrics.items())])
+                reached(Phase.REGISTER)
                 client.create_model_version(
                     self.lineage.model, address, run_id=self.run_id, tags=tags, description=described, await_creation_for=None
                 )
             newest = max(self._versions(client), key=lambda version: int(version.tags["step"])).version
+            reached(Phase.ALIAS)
             client.set_registered_model_alias(self.lineage.model, LATEST_STEP, newest)
 
     def _log_preview(self, client, manifest: Manifest, folder: Path) -> None:

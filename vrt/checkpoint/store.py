@@ -8,6 +8,7 @@ from typing import Protocol
 
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
 from vrt.checkpoint.manifest import FileEntry, Manifest, manifest_name
+from vrt.checkpoint.phases import Phase, reached
 from vrt.observe import log
 
 
@@ -39,10 +40,12 @@ class S3Store:
             bucket, key = _split(address)
             for file in manifest.files:
                 if self._sha256(client, bucket, f"{key}/{file.name}", file.size) != file.sha256:
-                    client.upload_file(str(folder / file.name), bucket, f"{key}/{file.name}")
+                    client.upload_file(str(folder / file.name), bucket, f"{key}/{file.name}", Callback=lambda _: reached(Phase.UPLOAD))
+                    reached(Phase.READ_BACK)
                     # Not every store checks a checksum that is sent along, so the bytes themselves are read back.
                     if self._sha256(client, bucket, f"{key}/{file.name}", file.size) != file.sha256:
                         raise StoreUnavailable(f"{address}/{file.name}: read back other bytes than were uploaded; uploading again")
+            reached(Phase.UPLOAD)
             client.put_object(Bucket=bucket, Key=f"{key}/{manifest_name(manifest.step)}", Body=manifest.to_bytes())
         return address
 

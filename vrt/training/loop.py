@@ -10,6 +10,7 @@ import numpy
 import torch
 from torch import nn
 
+from vrt.checkpoint.phases import Phase, reached
 from vrt.data.sampler import Batch
 from vrt.lifecycle import StopRequest
 from vrt.observe import log, progress
@@ -75,6 +76,7 @@ def train(
         speed, shown = Speed(state.step), {}
         for step, batch in batches:
             loss, lr = take_step(params, state, step, batch)
+            reached(Phase.STEP)
             now = due(plan, step)
             stopping = stop.reason is not None and step < plan.total_steps
             if now.log or stopping:
