@@ -20,20 +20,23 @@ REPOSITORY = Path(__file__).parents[2]
 SECONDS_AN_ATTEMPT_MAY_TAKE = 300
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attempt:
     """A running `vrt train`, forked off the server."""
 
     pid: int
     log: Path
     _answers: Iterator[str]
+    ended: bool = False
 
     def wait(self) -> int:
         """Until it ends; returns its code, negative for a signal."""
         late = threading.Timer(SECONDS_AN_ATTEMPT_MAY_TAKE, os.kill, [self.pid, signal.SIGKILL])
         late.start()
         try:
-            return int(next(self._answers))
+            code = int(next(self._answers))
+            self.ended = True
+            return code
         finally:
             late.cancel()
 
@@ -43,13 +46,19 @@ class ForkServer:
 
     def __init__(self, process: subprocess.Popen[str]):
         self._process = process
+        self._last: Attempt | None = None
 
     def start(self, workspace, kill_at: str = "", variables: Mapping[str, str] = {}) -> Attempt:  # noqa: B006
         """`vrt train` in the workspace; `kill_at` as VRT_KILL_AT takes it."""
+        if self._last and not self._last.ended:
+            # A test that failed left it behind.
+            os.kill(self._last.pid, signal.SIGKILL)
+            self._last.wait()
         environment = {**workspace.environment, **variables, KILL_AT: kill_at}
         order = {"arguments": ["train"], "folder": str(workspace.root), "environment": environment, "log": str(workspace.log)}
         print(json.dumps(order), file=self._process.stdin, flush=True)
-        return Attempt(int(next(self._process.stdout)), workspace.log, self._process.stdout)
+        self._last = Attempt(int(next(self._process.stdout)), workspace.log, self._process.stdout)
+        return self._last
 
     def run(self, workspace, kill_at: str = "") -> tuple[int, str]:
         """Start, wait, and return the code and all that was said."""
