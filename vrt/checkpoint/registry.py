@@ -237,6 +237,27 @@ class MlflowRegistry:
         with self._guarded() as client:
             client.set_terminated(self.run_id, status)
 
+    def forget(self) -> tuple[int, list[str]]:
+        """Remove a training that was only a drill: its registered model and its runs (which MLflow keeps in its trash).
+
+        Returns how many versions went, and the artifact address of each run, where its objects still are. Repeating it does nothing.
+        """
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+        with self._guarded() as client:
+            versions = len(client.search_model_versions(f"name = '{self.lineage.model}'", max_results=1000))
+            try:
+                client.delete_registered_model(self.lineage.model)
+            except MlflowException as error:
+                if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                    raise
+            mine = f"tags.`vrt.name` = '{self.lineage.name}'"
+            runs = client.search_runs([self._experiment(client)], filter_string=mine)
+            for run in runs:
+                client.delete_run(run.info.run_id)
+        return versions, [run.info.artifact_uri for run in runs]
+
     @property
     def page(self) -> str:
         """The address where people browse the run; known without asking, so that an outage can't spoil the end of a training."""

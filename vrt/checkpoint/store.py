@@ -62,6 +62,17 @@ class S3Store:
             log.info("fetching %s/%s (%.1f MB)", address, file.name, file.size / 1e6)
             client.download_file(bucket, f"{key}/{file.name}", str(path))
 
+    def clear(self) -> int:
+        """Delete every object below the prefix; returns how many there were."""
+        deleted = 0
+        with self._guarded(self._prefix) as client:
+            bucket, key = _split(self._prefix)
+            for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/"):
+                for entry in page.get("Contents", []):
+                    client.delete_object(Bucket=bucket, Key=entry["Key"])
+                    deleted += 1
+        return deleted
+
     def _sha256(self, client, bucket: str, key: str, size: int) -> str | None:
         """Digest of the object's bytes; None where there is no such object of that size."""
         from botocore.exceptions import ClientError
