@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import boto3
 import pytest
@@ -11,6 +12,8 @@ from mlflow import MlflowClient
 from vrt.checkpoint.manifest import FileEntry
 from vrt.checkpoint.phases import Phase
 from vrt.stages.drilled import Kill, Recovery, Verdict, plan, read_log
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def traces(workspace) -> list[str]:
@@ -55,6 +58,7 @@ def test_ctrl_c_ends_a_drill_with_everything_removed(make_workspace, services):
 def test_a_drill_without_data_generates_some_and_clears_what_a_killed_drill_left(make_workspace, services):
     workspace = make_workspace("without")
     shutil.rmtree(workspace.root / "data/prepared")
+    shutil.copytree(REPOSITORY / "data/raw/quickstart", workspace.root / "data/raw/quickstart")
     before = objects()
     drill = workspace.start("vrt", "drill", "--phase", "step", "--phase", "step", start_new_session=True)
     workspace.wait_for("kill 2 of 2", drill)

@@ -1,0 +1,360 @@
+"""The protocol under thousands of interleavings: commit, publish, register, damage, outages, and a death anywhere in between.
+
+Everything of ours is the real thing, down to the calls of boto3 and MLflow: the two servers alone are models, kept in memory, so that a
+thousand deaths take seconds. What real servers do with real kills is the subject of tests/stages/test_kill_matrix.py.
+"""
+
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+from botocore.exceptions import ClientError, EndpointConnectionError
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from vrt.checkpoint import phases
+from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+from vrt.checkpoint.folder import CheckpointFolder
+from vrt.checkpoint.manifest import Manifest
+from vrt.checkpoint.phases import KILL_AT, Phase, reached
+from vrt.checkpoint.publisher import Publisher
+from vrt.checkpoint.registry import Lineage, MlflowRegistry
+from vrt.checkpoint.resume import newest_healthy
+from vrt.checkpoint.store import S3Store
+
+LINEAGE = Lineage("machine", "0123456789", {})
+PREFIX = "s3://bucket/run/checkpoints"
+LAST_STEP = 1000
+
+
+class S3:
+    """An S3 server, as far as boto3's client shows it to us. A put is there as a whole or not at all."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.down = False
+
+    def _found(self, key: str) -> bytes:
+        self._answer()
+        if key not in self.objects:
+            answer = {"Error": {"Code": "NoSuchKey"}, "ResponseMetadata": {"HTTPStatusCode": 404}}
+            raise ClientError(answer, "GetObject")
+        return self.objects[key]
+
+    def _answer(self) -> None:
+        if self.down:
+            raise EndpointConnectionError(endpoint_url="http://store")
+
+    def head_object(self, Bucket: str, Key: str) -> dict:  # noqa: N803
+        return {"ContentLength": len(self._found(Key))}
+
+    def get_object(self, Bucket: str, Key: str) -> dict:  # noqa: N803
+        body = io.BytesIO(self._found(Key))
+        return {"Body": SimpleNamespace(read=body.read, iter_chunks=lambda size: iter(lambda: body.read(size), b""))}
+
+    def put_object(self, Bucket: str, Key: str, Body: bytes) -> None:  # noqa: N803
+        self._answer()
+        self.objects[Key] = Body
+
+    def upload_file(self, path: str, bucket: str, key: str, Callback: Callable[[int], None]) -> None:  # noqa: N803
+        self._answer()
+        content = Path(path).read_bytes()
+        Callback(len(content))
+        self.objects[key] = content
+
+    def download_file(self, bucket: str, key: str, path: str) -> None:
+        Path(path).write_bytes(self._found(key))
+
+
+@dataclass(frozen=True)
+class Version:
+    version: str
+    tags: dict[str, str]
+    source: str
+
+
+class Mlflow:
+    """An MLflow server, as far as its client shows it to us: like the real one it takes a second version of the same step without a word."""
+
+    def __init__(self) -> None:
+        self.versions: list[Version] = []
+        self.alias = ""
+        self.down = False
+
+    def create_registered_model(self, name: str) -> None: ...
+
+    def search_model_versions(self, mine: str, max_results: int) -> list[Version]:
+        class Page(list):
+            token = None
+
+        return Page(self.versions)
+
+    def create_model_version(self, name: str, source: str, tags: dict[str, str], **_: object) -> None:
+        self.versions.append(Version(str(len(self.versions) + 1), tags, source))
+
+    def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
+        self.alias = version
+
+
+class Registry(MlflowRegistry):
+    def __init__(self, server: Mlflow):
+        super().__init__(LINEAGE)
+        self._server = server
+
+    @contextmanager
+    def _guarded(self) -> Iterator[Mlflow]:
+        if self._server.down:
+            raise StoreUnavailable("MLflow does not answer")
+        yield self._server
+
+
+class Died(BaseException):
+    """The process ends here; what its handlers do on the way out did not happen (see Machine.dying)."""
+
+
+@dataclass
+class Trainer:
+    """One process: what is lost with it."""
+
+    publisher: Publisher
+    step: int
+    queued: set[int] = field(default_factory=set)
+
+
+def content(step: int, machine: str) -> bytes:
+    """The weights that a kind of machine computes for a step."""
+    return f"step {step} computed by {machine}".encode() * 20
+
+
+class Machine(RuleBasedStateMachine):
+    deaths = st.none() | st.tuples(st.sampled_from([*Phase]), st.integers(1, 3)).map(lambda death: f"{death[0]}:{death[1]}")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = Path(tempfile.mkdtemp())
+        self.folder = CheckpointFolder(self.place / "checkpoints")
+        self.s3, self.mlflow = S3(), Mlflow()
+        self.store, self.registry = S3Store(PREFIX), Registry(self.mlflow)
+        self.store._client = self.s3
+        self.trainer: Trainer | None = None
+        self.machine = "a"
+        self.digests: dict[int, str] = {}
+        """What was ever registered, by step."""
+        self.harmed_there: set[int] = set()
+        self.harmed_here: set[int] = set()
+        self.kill, phases._die = phases._die, self.dying
+
+    def teardown(self) -> None:
+        try:
+            self.whatever_is_committed_is_registered_in_the_end()
+        finally:
+            phases._die = self.kill
+            shutil.rmtree(self.place)
+
+    # How a process dies
+
+    def dying(self, _armed: str) -> None:
+        """Remember the world as the process leaves it, then leave; `until_death` undoes what handlers do on the way."""
+        shutil.copytree(self.folder.path, self.place / "left")
+        self.left = dict(self.s3.objects), list(self.mlflow.versions), self.mlflow.alias
+        raise Died
+
+    def until_death(self, death: str | None, work: Callable[[], None]) -> None:
+        phases._counts.clear()
+        os.environ[KILL_AT] = death or ""
+        try:
+            work()
+        except Died:
+            self.trainer = None
+            shutil.rmtree(self.folder.path)
+            (self.place / "left").rename(self.folder.path)
+            self.s3.objects, self.mlflow.versions, self.mlflow.alias = self.left
+        finally:
+            os.environ[KILL_AT] = ""
+
+    # What a trainer does
+
+    @initialize()
+    def first_start(self) -> None:
+        self.start(None)
+
+    @precondition(lambda self: self.trainer is None)
+    @rule(death=deaths)
+    def start(self, death: str | None) -> None:
+        registered = {int(version.tags["step"]) for version in self.mlflow.versions}
+        expected = max((step for step in registered if self.is_healthy(step)), default=0)
+        self.until_death(death, lambda: self._start(expected))
+
+    def _start(self, expected: int) -> None:
+        self.folder.prepare()
+        try:
+            registered = self.registry.registered()
+            manifest = newest_healthy(self.folder, LINEAGE.id, registered, self.store, LAST_STEP)
+        except StoreUnavailable:
+            assert self.s3.down or self.mlflow.down
+            return
+        step = manifest.step if manifest else 0
+        assert step >= expected, f"went back to {step}, though {expected} is registered and healthy"
+        if manifest:
+            assert self.folder.problems(step, LINEAGE.id) == []
+            assert step not in registered or manifest.digest == registered[step].digest
+        self.harmed_here &= set(self.folder.steps())
+        if step in self.harmed_here and not self.folder.problems(step, LINEAGE.id):
+            self.harmed_here.discard(step)
+        self.trainer = Trainer(Publisher(self.folder, self.store, self.registry), step)
+        for unregistered in sorted(set(self.folder.steps()) - registered.keys()):
+            if not self.folder.problems(unregistered, LINEAGE.id):
+                self.trainer.publisher.publish(self.folder.manifest(unregistered))
+
+    @precondition(lambda self: self.trainer is not None)
+    @rule(death=deaths)
+    def save(self, death: str | None) -> None:
+        self.until_death(death, self._save)
+
+    def _save(self) -> None:
+        self.trainer.step += 1
+        step = self.trainer.step
+        weights = content(step, self.machine)
+        contents = {"G.pth": lambda file: file.write(weights), "history.jsonl": lambda file: file.write(b"history" + weights)}
+        manifest = self.folder.commit(step, contents, lambda files: Manifest(LINEAGE.id, step, files, {}, {}, {"machine": self.machine}))
+        self.harmed_here.discard(step)
+        reached(Phase.COMMITTED)
+        self.trainer.publisher.publish(manifest)
+
+    @precondition(lambda self: self.trainer is not None)
+    @rule(death=deaths)
+    def publish(self, death: str | None) -> None:
+        """One round of the publisher's thread."""
+        self.until_death(death, self._publish)
+
+    def _publish(self) -> None:
+        try:
+            self.trainer.publisher._work()
+        except StoreUnavailable:
+            assert self.s3.down or self.mlflow.down
+        # Publishing again mends what was harmed in the store.
+        self.harmed_there = {step for step in self.harmed_there if self.store_problems(step)}
+
+    # What happens to it
+
+    @precondition(lambda self: self.trainer is not None)
+    @rule()
+    def killed_between_two_calls(self) -> None:
+        self.trainer = None
+
+    @rule(kind=st.sampled_from("ab"))
+    def move_to_an_empty_machine(self, kind: str) -> None:
+        """Of the same kind or another, which computes other bits."""
+        self.trainer, self.machine = None, kind
+        shutil.rmtree(self.folder.path)
+        self.folder.prepare()
+        self.harmed_here.clear()
+
+    @rule(data=st.data(), cut=st.booleans())
+    def damage_a_local_file(self, data, cut: bool) -> None:
+        # The folder of a running trainer is not checked again before it is published, so that is harmed too.
+        steps = [step for step in self.folder.steps() if self.can_be_spared(step, here=True)]
+        if not steps:
+            return
+        step = data.draw(st.sampled_from(steps))
+        path = data.draw(st.sampled_from(sorted(self.folder.path.glob(f"{step}_*"))))
+        path.write_bytes(spoiled(path.read_bytes(), cut))
+        self.harmed_here.add(step)
+
+    @rule(data=st.data(), cut=st.booleans())
+    def damage_an_object(self, data, cut: bool) -> None:
+        steps = sorted({step for step in self.digests if self.can_be_spared(step, here=False)})
+        if not steps:
+            return
+        step = data.draw(st.sampled_from(steps))
+        key = data.draw(st.sampled_from(sorted(key for key in self.s3.objects if f"/{step:08d}/" in key)))
+        self.s3.objects[key] = spoiled(self.s3.objects[key], cut)
+        self.harmed_there.add(step)
+
+    @rule()
+    def store_goes_down(self) -> None:
+        self.s3.down = True
+
+    @rule()
+    def registry_goes_down(self) -> None:
+        self.mlflow.down = True
+
+    @rule()
+    def servers_come_back(self) -> None:
+        self.s3.down = self.mlflow.down = False
+
+    # What is true of a step, by another reading than our own
+
+    def is_healthy(self, step: int) -> bool:
+        """A registered step whose right bytes are in the folder or in the store."""
+        return not self.store_problems(step) or self.is_sound_here(step)
+
+    def is_sound_here(self, step: int) -> bool:
+        if step not in self.folder.steps() or self.folder.problems(step, LINEAGE.id):
+            return False
+        return self.digests.get(step) in (None, self.folder.manifest(step).digest)
+
+    def store_problems(self, step: int) -> list[str]:
+        objects = {key.rsplit("/", 1)[1]: content for key, content in self.s3.objects.items() if f"/{step:08d}/" in key}
+        try:
+            manifest = Manifest.from_bytes(objects[f"{step}_manifest.json"], "the store")
+        except (CheckpointError, KeyError) as error:
+            return [str(error)]
+        if manifest.digest != self.digests.get(step, manifest.digest):
+            return ["another manifest"]
+        return [file.name for file in manifest.files if hashlib.sha256(objects.get(file.name, b"")).hexdigest() != file.sha256]
+
+    def can_be_spared(self, step: int, here: bool) -> bool:
+        """A copy that may be harmed: with all copies of all steps gone a person has to decide, which is no subject here."""
+        other_copy = not self.store_problems(step) and step in self.digests if here else self.is_sound_here(step)
+        return other_copy or any(self.is_healthy(other) for other in self.digests if other != step)
+
+    # What must hold
+
+    @invariant()
+    def a_registered_step_has_one_version_and_never_other_bytes(self) -> None:
+        steps = [int(version.tags["step"]) for version in self.mlflow.versions]
+        assert len(steps) == len(set(steps))
+        for version in self.mlflow.versions:
+            step, digest = int(version.tags["step"]), version.tags["digest"]
+            assert self.digests.setdefault(step, digest) == digest
+            if step not in self.harmed_there:
+                assert self.store_problems(step) == [], f"step {step} is registered without its bytes"
+
+    @invariant()
+    def nothing_registered_is_gone(self) -> None:
+        assert {int(version.tags["step"]) for version in self.mlflow.versions} == set(self.digests)
+
+    @invariant()
+    def a_local_manifest_has_its_files(self) -> None:
+        for step in self.folder.steps():
+            if step not in self.harmed_here:
+                assert self.folder.problems(step, LINEAGE.id) == [], f"step {step} is torn"
+
+    def whatever_is_committed_is_registered_in_the_end(self) -> None:
+        self.servers_come_back()
+        self.trainer = None
+        self.start(None)
+        for _ in range(3):
+            self.publish(None)
+        registered = {int(version.tags["step"]) for version in self.mlflow.versions}
+        for step in self.folder.steps():
+            assert step in registered or not self.is_sound_here(step), f"step {step} is committed and not registered"
+        self.a_registered_step_has_one_version_and_never_other_bytes()
+
+
+def spoiled(content: bytes, cut: bool) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] if cut else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+TestProtocol = Machine.TestCase
+TestProtocol.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
