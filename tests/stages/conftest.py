@@ -17,7 +17,7 @@ from mlflow.entities.model_registry import ModelVersion
 from vrt.checkpoint.phases import KILL_AT
 
 REPOSITORY = Path(__file__).parents[2]
-SECONDS_AN_ATTEMPT_MAY_TAKE = 300
+SECONDS_AN_ATTEMPT_MAY_TAKE = 600
 
 
 @dataclass
@@ -55,6 +55,7 @@ class ForkServer:
             os.kill(self._last.pid, signal.SIGKILL)
             self._last.wait()
         environment = {**workspace.environment, **variables, KILL_AT: kill_at}
+        workspace.log.write_text("")
         order = {"arguments": ["train"], "folder": str(workspace.root), "environment": environment, "log": str(workspace.log)}
         print(json.dumps(order), file=self._process.stdin, flush=True)
         self._last = Attempt(int(next(self._process.stdout)), workspace.log, self._process.stdout)
