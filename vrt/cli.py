@@ -68,13 +68,19 @@ def parser() -> argparse.ArgumentParser:
     drill.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: params.yaml)")
     phases = f"kill at this phase, one of {', '.join(Phase)}; repeat for more"
     drill.add_argument("--phase", type=Phase, choices=list(Phase), action="append", default=[], metavar="PHASE", help=phases)
-    drill.add_argument("--kills", type=int, help="how many (default: once in each phase, or at each --phase)")
+    drill.add_argument("--kills", type=_positive, help="how many (default: once in each phase, or at each --phase)")
     drill.add_argument("--seed", type=int, default=0, help="the same seed kills at the same phases (default: 0)")
-    drill.add_argument("--steps", type=int, default=12, help="train at least this far; the twin that is left alone trains as far (default: 12)")
-    drill.add_argument("--every", type=int, default=2, help="steps between two checkpoints of the drill (default: 2)")
+    drill.add_argument("--steps", type=_positive, default=12, help="train at least this far; the twin that is left alone trains as far (default: 12)")
+    drill.add_argument("--every", type=_positive, default=2, help="steps between two checkpoints of the drill (default: 2)")
     drill.set_defaults(run=_drill)
     commands.add_parser("demo", help="everything at once: services, data, training, evaluation, and where to look").set_defaults(run=_demo)
     return top
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a number from 1 on")
+    return int(text)
 
 
 def _lead_to_services() -> None:

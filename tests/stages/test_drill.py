@@ -90,8 +90,8 @@ SOUND = Recovery(Kill("upload", 1), at=3, registered=2, resumed=2, seconds=1.0)
             ["alias #1: resumed from step 2, although step 4 was registered"],
         ),
         (
-            Verdict([Recovery(Kill("prune", 1), at=None, registered=0)], 2, [], {2: (A,)}, {2: (A,)}),
-            ["prune #1: was not reached, so nothing is proved of it"],
+            Verdict([Recovery(Kill("repair", 9), at=None, registered=0)], 2, [], {2: (A,)}, {2: (A,)}),
+            ["repair #9: was not reached, so nothing is proved of it"],
         ),
     ],
 )

@@ -58,12 +58,16 @@ class Killed:
         if where == Phase.DOWNLOAD:
             shutil.rmtree(self.workspace.root / "checkpoints")
         if where == Phase.REPAIR:
+            if not self.folder.steps():
+                # Killed at its download just before: there is nothing here to damage until a start gets through.
+                self.kill(Phase.STEP)
             self._damage()
         count = f"{self._rng.uniform(0, LONGEST_SECONDS):.2f}" if where == SECONDS else self._rng.randint(1, DEEPEST[Phase(where)])
         before = max(self.digests, default=0)
 
         code, said = self._fork_server.run(self.workspace, f"{where}:{count}")
 
+        print(f"{where}:{count}, {before} registered before", flush=True)
         assert code == -signal.SIGKILL and f"{where}:{count} {KILLED}" in said, said
         self._check_start(said, before)
         self._check_registry()
@@ -153,7 +157,7 @@ def prove(rounds: int, seed: int, make_workspace, fork_server, versions_of) -> N
     killed = Killed(workspace, fork_server, versions_of, rng)
     for where in kills(rounds, rng):
         killed.kill(where)
-    last = (max(killed.digests) // EVERY + 3) * EVERY
+    last = killed.folder.steps()[0] + EVERY if killed.folder.steps() else max(killed.digests) + EVERY
     killed.finish(last)
 
     twin = make_workspace("twin")

@@ -42,8 +42,6 @@ class Phase(StrEnum):
     """All is in the store, nothing in the registry."""
     ALIAS = "alias"
     """The version is registered, the alias still on the one before."""
-    PRUNE = "prune"
-    """Some of what retention no longer keeps is deleted."""
     DOWNLOAD = "download"
     """A file from the store is here under a temporary name."""
     REPAIR = "repair"

@@ -188,8 +188,9 @@ class Drilled:
 
     def start(self, kill: Kill | None, total_steps: int | None = None) -> None:
         if kill and kill.where in (Phase.DOWNLOAD, Phase.REPAIR):
-            if not self.trainee.newest_registered():
-                self.start(None, self.trainee.every)
+            if not self.trainee.checkpoints.steps():
+                # Before the first checkpoint, or killed at its download just before: first there must be something to lose.
+                self.start(None, self.trainee.newest_registered() or self.trainee.every)
             self.trainee.lose_folder() if kill.where == Phase.DOWNLOAD else self.trainee.damage()
         total_steps = total_steps or (self.trainee.newest() // self.trainee.every + MOST_CHECKPOINTS) * self.trainee.every
         attempt = self.trainee.train(total_steps, kill)
@@ -211,7 +212,7 @@ def enrol(params_path: Path, name: str, every: int, keep_last: int = 2) -> Train
     tree = read_yaml(params_path)
     tree["name"] = name
     tree["train"] |= {"checkpoint_every": every, "validate_every": every, "log_every": 1}
-    # Few are kept, so that deleting is drilled too.
+    # Few are kept, so that deleting happens under the kills too.
     tree["checkpoints"] |= {"resume": "auto", "keep_last": keep_last, "keep_every": 0, "keep_best": 0}
     YAML(typ="safe").dump(tree, folder / "params.yaml")
     params = load_params(folder / "params.yaml")

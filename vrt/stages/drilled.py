@@ -45,8 +45,8 @@ def plan(phases: list[Phase], kills: int | None, seed: int, every: int) -> list[
     for where in (chosen[i % len(chosen)] for i in range(count)):
         number = round(rng.uniform(0, LONGEST_SECONDS), 2) if where == SECONDS else rng.randint(1, deepest.get(Phase(where), 1))
         planned.append(Kill(where, number))
-    # What fetches and repairs, or deletes, needs something to: not at the very beginning.
-    return sorted(planned, key=lambda kill: kill.where in (Phase.DOWNLOAD, Phase.REPAIR, Phase.PRUNE)) if not phases else planned
+    # What fetches and repairs needs something to: not at the very beginning.
+    return sorted(planned, key=lambda kill: kill.where in (Phase.DOWNLOAD, Phase.REPAIR)) if not phases else planned
 
 
 @dataclass(frozen=True)
