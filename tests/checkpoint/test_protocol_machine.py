@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,7 +128,6 @@ class Trainer:
 
     publisher: Publisher
     step: int
-    queued: set[int] = field(default_factory=set)
 
 
 def content(step: int, machine: str) -> bytes:
@@ -136,8 +135,15 @@ def content(step: int, machine: str) -> bytes:
     return f"step {step} computed by {machine}".encode() * 20
 
 
+def deaths(*among: Phase) -> st.SearchStrategy[str | None]:
+    """None, or the phase and the count at which to die."""
+    return st.none() | st.tuples(st.sampled_from(among), st.integers(1, 4)).map(lambda death: f"{death[0]}:{death[1]}")
+
+
 class Machine(RuleBasedStateMachine):
-    deaths = st.none() | st.none() | st.tuples(st.sampled_from([*Phase]), st.integers(1, 3)).map(lambda death: f"{death[0]}:{death[1]}")
+    saving = deaths(Phase.WRITE, Phase.FSYNC, Phase.RENAME, Phase.MANIFEST, Phase.COMMITTED)
+    publishing = deaths(Phase.UPLOAD, Phase.READ_BACK, Phase.REGISTER, Phase.ALIAS)
+    starting = deaths(Phase.DOWNLOAD, Phase.REPAIR)
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,6 +154,8 @@ class Machine(RuleBasedStateMachine):
         self.store, self.registry = S3Store(PREFIX), Registry(self.mlflow)
         self.store._client = self.s3
         self.trainer: Trainer | None = None
+        self.predecessor: Trainer | None = None
+        self.moves = 0
         self.machine = "a"
         self.digests: dict[int, str] = {}
         """What was ever registered, by step."""
@@ -199,7 +207,7 @@ class Machine(RuleBasedStateMachine):
             self.publish(None)
 
     @precondition(lambda self: self.trainer is None)
-    @rule(death=deaths)
+    @rule(death=starting)
     def start(self, death: str | None) -> None:
         registered = {int(version.tags["step"]) for version in self.mlflow.versions}
         expected = max((step for step in registered if self.is_healthy(step)), default=0)
@@ -225,7 +233,7 @@ class Machine(RuleBasedStateMachine):
                 self.trainer.publisher.publish(self.folder.manifest(unregistered))
 
     @precondition(lambda self: self.trainer is not None)
-    @rule(death=deaths)
+    @rule(death=saving)
     def save(self, death: str | None) -> None:
         self.until_death(death, self._save)
 
@@ -240,14 +248,23 @@ class Machine(RuleBasedStateMachine):
         self.trainer.publisher.publish(manifest)
 
     @precondition(lambda self: self.trainer is not None)
-    @rule(death=deaths)
+    @rule(death=publishing)
     def publish(self, death: str | None) -> None:
         """One round of the publisher's thread."""
         self.until_death(death, self._publish)
 
+    @precondition(lambda self: self.trainer is not None)
+    @rule(death=publishing)
+    def save_and_publish(self, death: str | None) -> None:
+        self.save(None)
+        self.publish(death)
+
     def _publish(self) -> None:
+        self._work(self.trainer)
+
+    def _work(self, trainer: Trainer) -> None:
         try:
-            self.trainer.publisher._work()
+            trainer.publisher._work()
         except StoreUnavailable:
             assert self.s3.down or self.mlflow.down
         # Publishing again mends what was harmed in the store.
@@ -263,11 +280,17 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: not self.digests or not all(map(self.store_problems, self.digests)))
     @rule(kind=st.sampled_from("ab"))
     def move_to_an_empty_machine(self, kind: str) -> None:
-        """Of the same kind or another, which computes other bits."""
-        self.trainer, self.machine = None, kind
-        shutil.rmtree(self.folder.path)
+        """Of the same kind or another, which computes other bits. Its predecessor was thought dead, and need not be."""
+        self.predecessor, self.trainer, self.machine = self.trainer, None, kind
+        self.moves += 1
+        self.folder = CheckpointFolder(self.place / f"machine-{self.moves}")
         self.folder.prepare()
         self.harmed_here.clear()
+
+    @precondition(lambda self: self.predecessor is not None)
+    @rule()
+    def the_predecessor_publishes_what_it_had(self) -> None:
+        self._work(self.predecessor)
 
     @rule(data=st.data(), where=st.sampled_from(["here", "there", "both"]), cut=st.booleans())
     def damage(self, data, where: str, cut: bool) -> None:
