@@ -23,7 +23,7 @@ def traces(workspace) -> list[str]:
     experiment = client.get_experiment_by_name("vrt")
     runs = client.search_runs([experiment.experiment_id]) if experiment else []
     named = [run.info.run_name for run in runs if f"drill-{workspace.name}" in run.info.run_name]
-    return models + named + [str(path) for path in workspace.root.glob(".drill*")]
+    return models + named + [str(path) for path in workspace.root.glob(".drill/drill-*")]
 
 
 def objects() -> set[str]:

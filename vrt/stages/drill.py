@@ -11,13 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.folder import CheckpointFolder
+from vrt.checkpoint.lock import locked
 from vrt.checkpoint.manifest import FileEntry, Manifest, problems_of
 from vrt.checkpoint.phases import KILL_AT, Phase
 from vrt.checkpoint.registry import Lineage, MlflowRegistry
@@ -87,17 +89,19 @@ class Trainee:
     def _look(self) -> None:
         """Remember what each step's files are; that they are ever others is what must not happen."""
         for step in self.checkpoints.steps():
-            self._remember(self.checkpoints.manifest(step))
+            self._remember(f"local step {step}", lambda step=step: self.checkpoints.manifest(step))
         store = self._store()
         for one in self._registry().registered().values():
-            manifest = store.manifest(one.address)
-            if manifest.digest != one.digest:
-                self.contradictions.append(f"step {one.step}: the manifest in the store is not the one registered")
-            self._remember(manifest)
+            self._remember(f"registered step {one.step}", lambda one=one: store.manifest(one.address))
 
-    def _remember(self, manifest: Manifest) -> None:
+    def _remember(self, what: str, read: Callable[[], Manifest]) -> None:
+        try:
+            manifest = read()
+        except CheckpointError as error:
+            self.contradictions.append(f"{what}: {error}")
+            return
         if self.files.setdefault(manifest.step, manifest.files) != manifest.files:
-            self.contradictions.append(f"step {manifest.step} was seen with two different contents")
+            self.contradictions.append(f"{what} was seen with two different contents")
 
     def newest(self) -> int:
         """The newest step it ever had."""
@@ -113,10 +117,14 @@ class Trainee:
         for one in self._registry().registered().values():
             log.info("verifying registered checkpoint %d", one.step)
             place.mkdir()
-            manifest = self._store().manifest(one.address)
-            for file in manifest.files:
-                self._store().fetch(one.address, file, place / file.name)
-            problems += [f"step {one.step}: {problem}" for problem in problems_of(manifest, place)]
+            try:
+                manifest = self._store().manifest(one.address)
+                for file in manifest.files:
+                    self._store().fetch(one.address, file, place / file.name)
+                found = problems_of(manifest, place) if manifest.digest == one.digest else ["the manifest in the store is not the one registered"]
+            except CheckpointError as error:
+                found = [str(error)]
+            problems += [f"registered step {one.step}: {problem}" for problem in found]
             shutil.rmtree(place)
         return problems
 
@@ -147,7 +155,7 @@ def run_drill(params_path: Path, kills: int | None, phases: list[Phase], seed: i
     RuntimeError where a training fails for another reason than a kill.
     """
     recipe = load_params(params_path)
-    with interrupted_by_sigterm():
+    with locked(SCRATCH), interrupted_by_sigterm():
         clean_up()
         name = f"{PREFIX}{recipe.name}-{os.getpid():x}{int(time.time()):x}"
         planned = plan(phases, kills, seed, every)
@@ -242,8 +250,6 @@ def clean_up() -> None:
         log.info(
             "removed %s: %d registered versions, %d runs, %d objects in the store, and %s", folder.name, versions, len(addresses), objects, folder
         )
-    with suppress(OSError):
-        SCRATCH.rmdir()
 
 
 @contextmanager
