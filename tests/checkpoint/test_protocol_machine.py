@@ -287,6 +287,21 @@ class Machine(RuleBasedStateMachine):
         self.folder.prepare()
         self.harmed_here.clear()
 
+    @precondition(lambda self: self.trainer is not None)
+    @rule(kind=st.sampled_from("ab"))
+    def two_trainers_come_to_the_same_step(self, kind: str) -> None:
+        """The predecessor has committed a step and published nothing of it when its successor, elsewhere, gets there too."""
+        self.outage("none")
+        self.publish(None)
+        if all(map(self.store_problems, self.digests)):
+            # An empty machine would have nothing to continue from but a person's decision.
+            return
+        self.save(None)
+        self.move_to_an_empty_machine(kind)
+        self.start(None)
+        while self.trainer.step < self.predecessor.step:
+            self.save(None)
+
     @precondition(lambda self: self.predecessor is not None)
     @rule()
     def the_predecessor_publishes_what_it_had(self) -> None:
