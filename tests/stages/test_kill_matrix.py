@@ -21,6 +21,7 @@ from vrt.checkpoint.store import S3Store
 
 EVERY = 2
 """Steps between two checkpoints."""
+KEEP_ALL = {"checkpoints__keep_last": 1_000_000}
 # The last count at which to kill in each phase: so far into its second checkpoint, or through what a start restores.
 DEEPEST = {
     Phase.STEP: 4,
@@ -153,7 +154,7 @@ def prove(rounds: int, seed: int, make_workspace, fork_server, versions_of) -> N
     print(f"seed of the kills: {seed}")
     rng = random.Random(seed)
     workspace = make_workspace("matrix")
-    workspace.edit(train__checkpoint_every=EVERY, train__validate_every=EVERY, train__total_steps=100_000)
+    workspace.edit(train__checkpoint_every=EVERY, train__validate_every=EVERY, train__total_steps=100_000, **KEEP_ALL)
     killed = Killed(workspace, fork_server, versions_of, rng)
     for where in kills(rounds, rng):
         killed.kill(where)
@@ -161,7 +162,7 @@ def prove(rounds: int, seed: int, make_workspace, fork_server, versions_of) -> N
     killed.finish(last)
 
     twin = make_workspace("twin")
-    twin.edit(train__checkpoint_every=EVERY, train__validate_every=EVERY, train__total_steps=last)
+    twin.edit(train__checkpoint_every=EVERY, train__validate_every=EVERY, train__total_steps=last, **KEEP_ALL)
     alone = Killed(twin, fork_server, versions_of, rng)
     alone.finish(last)
 

@@ -101,7 +101,7 @@ def own_store(request, tmp_path: Path) -> Iterator[OwnStore]:
 @pytest.fixture
 def workspace(make_workspace):
     made = make_workspace("faults")
-    made.edit(train__checkpoint_every=EVERY, train__validate_every=EVERY, train__total_steps=STEPS)
+    made.edit(train__checkpoint_every=EVERY, train__validate_every=EVERY, train__total_steps=STEPS, checkpoints__keep_last=STEPS)
     return made
 
 
