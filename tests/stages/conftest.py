@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,8 @@ class ForkServer:
         """`vrt train` in the workspace; `kill_at` as VRT_KILL_AT takes it."""
         if self._last and not self._last.ended:
             # A test that failed left it behind.
-            os.kill(self._last.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(self._last.pid, signal.SIGKILL)
             self._last.wait()
         environment = {**workspace.environment, **variables, KILL_AT: kill_at}
         workspace.log.write_text("")

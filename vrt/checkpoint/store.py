@@ -46,7 +46,11 @@ class S3Store:
                     if self._sha256(client, bucket, f"{key}/{file.name}", file.size) != file.sha256:
                         raise StoreUnavailable(f"{address}/{file.name}: read back other bytes than were uploaded; uploading again")
             reached(Phase.UPLOAD)
-            client.put_object(Bucket=bucket, Key=f"{key}/{manifest_name(manifest.step)}", Body=manifest.to_bytes())
+            name, content = manifest_name(manifest.step), manifest.to_bytes()
+            client.put_object(Bucket=bucket, Key=f"{key}/{name}", Body=content)
+            # The last to be written, and the first to be read: spoiled, it would make the whole checkpoint unreadable.
+            if self._sha256(client, bucket, f"{key}/{name}", len(content)) != hashlib.sha256(content).hexdigest():
+                raise StoreUnavailable(f"{address}/{name}: read back other bytes than were uploaded; uploading again")
         return address
 
     def manifest(self, address: str) -> Manifest:
