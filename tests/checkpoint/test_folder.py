@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import FileEntry, Manifest
+from vrt.checkpoint.serialize import sha256_of
 
 
 def test_a_commit_is_complete_and_verifies(folder, commit, names, lineage):
@@ -21,6 +23,24 @@ def test_a_commit_is_complete_and_verifies(folder, commit, names, lineage):
     digests = subprocess.run(["sha256sum", *names(folder)[:2]], cwd=folder.path, capture_output=True, text=True, check=True).stdout
     assert digests == "".join(f"{file.sha256}  {file.name}\n" for file in manifest.files)
     assert folder.manifest(40) == manifest
+
+
+def test_files_are_written_side_by_side_and_each_is_told_of_once_it_is_there(folder, lineage):
+    meeting, told = threading.Barrier(2), []
+
+    def write(file):
+        # Written one after the other, they would never meet.
+        meeting.wait(60)
+        file.write(b"content")
+
+    def written(file: FileEntry):
+        assert sha256_of(folder.path / file.name) == file.sha256
+        assert not (folder.path / "40_manifest.json").exists()
+        told.append(file.name)
+
+    manifest = folder.commit(40, {"G.pth": write, "E.pth": write}, lambda files: Manifest(lineage, 40, files, {}, {}, {}), written)
+    assert sorted(told) == ["40_E.pth", "40_G.pth"]
+    assert [file.name for file in manifest.files] == ["40_G.pth", "40_E.pth"]
 
 
 def test_steps_are_listed_by_number_newest_first(folder, commit):
@@ -54,10 +74,11 @@ FILL = """
 import json, sys, torch
 from pathlib import Path
 from vrt.checkpoint.folder import CheckpointFolder
-from vrt.checkpoint.publisher import Saver
+from vrt.checkpoint.saver import Saver
 
 class Published(list):
-    publish = list.append
+    publish = lambda self, manifest, started: self.append(manifest)
+    ahead = send = lambda self, *_: None
     def note(self, key, text):
         self.noted = (key, text)
 
@@ -98,10 +119,44 @@ def test_a_full_disk_costs_the_saves_that_do_not_fit_and_nothing_else(tmp_path: 
     found = json.loads(output)
     reason = os.strerror(errno.ENOSPC if limit == "disk" else errno.EFBIG)
     for step in (40, 60):
-        failure = f"{tmp_path / 'checkpoints'}: step {step} could not be saved ({reason}); free space there: the next save tries again"
+        failure = f"{tmp_path / 'checkpoints'}: step {step} could not be saved ({reason}); free space there"
         assert found[str(step)] == {"left": ["20_E.pth", "20_G.pth", "20_manifest.json"], "failure": failure, "noted": ["failed_save", failure]}
     assert found["healthy"]
     assert (found["80"]["failure"], found["published"]) == ("None", [20, 80])
+
+
+# Saves, with the folder made read-only by a real mount in between.
+REMOUNT = """
+import json, subprocess, sys, torch
+from pathlib import Path
+from vrt.checkpoint.folder import CheckpointFolder
+from vrt.checkpoint.saver import Saver
+
+class Published(list):
+    publish = lambda self, manifest, started: self.append(manifest.step)
+    ahead = send = note = lambda self, *_: None
+
+folder, published = CheckpointFolder(Path(sys.argv[1])), Published()
+folder.prepare()
+saver, found = Saver(folder, published), {}
+for step, mode in ((20, "rw"), (40, "ro"), (60, "rw")):
+    subprocess.run(["mount", "-o", f"remount,{mode},bind", folder.path], check=True)
+    saver.save(step, {"G.pth": {"a": torch.zeros(10)}}, {}, {"lineage": "tiny-0123456789", "metrics": {}, "identity": {}, "origin": {}})
+    saver.wait()
+    found[step] = [str(saver.failure), folder.problems(20, "tiny-0123456789"), saver.safe_step, str(saver.must_stop)]
+print(json.dumps([found, published]))
+"""
+BOUND = ("unshare", "--mount", "sh", "-c", 'mount --bind "$1" "$1" && shift && exec "$@"', "sh")
+
+
+def test_a_folder_that_turns_read_only_costs_the_saves_meanwhile_and_nothing_else(folder, child):
+    if not can_mount(folder.path.parent):
+        pytest.skip("needs the right to mount")
+    output, errors = child(REMOUNT, folder.path, before=(*BOUND, str(folder.path))).communicate()
+    assert output, errors
+    found, published = json.loads(output)
+    assert found["40"] == [f"{folder.path}: step 40 could not be saved (Read-only file system); make the folder writable", [], 20, "None"]
+    assert (found["60"], published) == (["None", [], 60, "None"], [20, 60])
 
 
 # Stops for ever at the point given, having said so.

@@ -5,12 +5,11 @@ from collections import deque
 from pathlib import Path
 
 import pytest
-import torch
 
 from vrt.checkpoint import publisher as module
-from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+from vrt.checkpoint.errors import CheckpointError, LeaseLost, StoreUnavailable
 from vrt.checkpoint.manifest import FileEntry, Manifest
-from vrt.checkpoint.publisher import Publisher, Saver
+from vrt.checkpoint.publisher import Publisher
 
 
 class Recorder:
@@ -41,6 +40,12 @@ class Recorder:
     def publish(self, manifest: Manifest, folder: Path) -> str:
         self._call(("published", manifest.step))
         return f"s3://bucket/{manifest.step}"
+
+    def upload(self, step: int, file: FileEntry, folder: Path) -> None:
+        self._call(("uploaded ahead", step, file.name))
+
+    def registered(self) -> dict[int, object]:
+        return {}
 
     def check(self, manifest: Manifest) -> None:
         self._call()
@@ -161,38 +166,6 @@ def test_a_store_that_hangs_does_not_hold_the_end_of_the_training(publishing, fo
     assert publisher.finish(0.1) == ["step 20: not published in time"]
 
 
-def test_an_outage_of_the_store_keeps_no_snapshot_from_disk(publishing, folder, lineage):
-    recorder = Recorder()
-    recorder.block.clear()
-    saver = Saver(folder, publishing(recorder))
-    weight = torch.zeros(3)
-    for step in (1, 2, 3):
-        weight += 1
-        saver.save(step, {"G.pth": {"w": weight}}, {}, {"lineage": lineage, "metrics": {}, "identity": {}, "origin": {}})
-    saver.wait()
-    assert saver.failure is None
-    assert folder.steps() == [3, 2, 1]
-    assert [torch.load(folder.path / f"{step}_G.pth")["w"][0].item() for step in (1, 2, 3)] == [1, 2, 3]
-
-
-def test_the_training_may_change_its_state_while_it_is_written(folder, lineage, publishing):
-    saver = Saver(folder, publishing(Recorder()))
-    weight, go = torch.zeros(3), threading.Event()
-    write = folder.commit
-
-    def commit_later(*arguments):
-        assert go.wait(60)
-        return write(*arguments)
-
-    folder.commit = commit_later
-    saver.save(1, {"G.pth": {"w": weight}}, {"history.jsonl": b"{}\n"}, {"lineage": lineage, "metrics": {}, "identity": {}, "origin": {}})
-    weight += 1
-    go.set()
-    saver.wait()
-    assert torch.load(folder.path / "1_G.pth")["w"].tolist() == [0, 0, 0]
-    assert folder.problems(1, lineage) == []
-
-
 def test_a_step_registered_with_other_content_is_not_overwritten_in_the_store(publishing, folder, commit):
     recorder = Recorder(CheckpointError("step 2 is registered with other content"))
     publisher = publishing(recorder)
@@ -230,3 +203,78 @@ def test_who_is_told_to_stop_does_not_wait_for_a_store_that_is_down(publishing, 
     publisher = publishing(Recorder(*[StoreUnavailable("down")] * 100_000))
     publisher.publish(commit(folder, 2))
     assert publisher.finish(3600, hurry=lambda: True) == ["step 2: down"]
+
+
+def test_a_file_is_uploaded_while_the_rest_of_its_step_is_being_written(publishing, folder, lineage):
+    recorder = Recorder()
+    publisher = publishing(recorder)
+
+    def second(file):
+        recorder.wait_for(("uploaded ahead", 40, "40_G.pth"))
+        file.write(b"second")
+
+    contents = {"G.pth": lambda file: file.write(b"first"), "E.pth": second}
+    manifest = folder.commit(40, contents, lambda files: Manifest(lineage, 40, files, {}, {}, {}), lambda file: publisher.ahead(40, file))
+    publisher.publish(manifest)
+    assert publisher.finish(60) == []
+    assert [what[0] for what in recorder.arrived if what[0] != "uploaded ahead"] == ["published", "registered"]
+
+
+def test_nothing_of_a_registered_step_is_uploaded_before_it_is_known_to_be_the_same(publishing, folder, commit):
+    class Known(Recorder):
+        def registered(self):
+            return {40: object()}
+
+    recorder = Known()
+    publisher = publishing(recorder)
+    manifest = commit(folder, 40)
+    for file in manifest.files:
+        publisher.ahead(40, file)
+    publisher.ahead(60, manifest.files[0])
+    recorder.wait_for(("uploaded ahead", 60, "40_G.pth"))
+    assert publisher.finish(60) == []
+    assert [what[1] for what in recorder.arrived] == [60]
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable("down"), FileNotFoundError(2, "No such file or directory")])
+def test_an_upload_ahead_that_fails_is_made_up_for(publishing, folder, commit, error):
+    class FailsAhead(Recorder):
+        def upload(self, step, file, folder):
+            raise error
+
+    recorder = FailsAhead()
+    publisher = publishing(recorder)
+    manifest = commit(folder, 40)
+    publisher.ahead(40, manifest.files[0])
+    publisher.publish(manifest, started=0.0)
+    recorder.wait_for(both(40)[1])
+    assert publisher.finish(60) == []
+    # How long the registration took is a metric of the step.
+    assert recorder.arrived == [*both(40), ("sent", 40)]
+
+
+class FencedOut:
+    """A lease that is lost after the first `asked` questions."""
+
+    def __init__(self, asked: int):
+        self._left, self.lost = asked, None
+
+    def validate(self):
+        self._left -= 1
+        if self._left < 0:
+            self.lost = LeaseLost("process 7 on elsewhere has taken over")
+            raise self.lost
+
+
+@pytest.mark.parametrize("asked, arrived", [(0, []), (1, [("published", 2)]), (2, both(2))])
+def test_who_lost_the_lineage_registers_nothing_more_and_says_why(folder, commit, asked: int, arrived: list):
+    recorder = Recorder()
+    publisher = Publisher(folder, recorder, recorder, fence=FencedOut(asked))
+    publisher.publish(commit(folder, 2))
+    publisher.publish(commit(folder, 4))
+    publisher.start()
+    missing = publisher.finish(60)
+    assert [reason for reason in missing if "taken over" not in reason] == []
+    assert len(missing) == (1 if asked == 2 else 2)
+    assert recorder.arrived == arrived
+    assert "taken over" in str(publisher.lost)

@@ -3,10 +3,11 @@
 import io
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
-from vrt.checkpoint.snapshot import HostCopy
+from vrt.checkpoint.snapshot import Aliases, HostCopy, _Walk, spoiled
 
 
 def saved(tree: object) -> bytes:
@@ -64,3 +65,76 @@ def test_the_layout_in_memory_does_not_show_in_the_bytes():
     copy: Callable[[object], bytes] = lambda tree: saved(HostCopy().of(tree))  # noqa: E731
     assert copy({"w": plain}) == copy({"w": turned}) == copy({"w": part_of_more})
     assert copy(shared) == copy(apart)
+
+
+def test_constants_are_copied_once_and_again_only_when_they_were_changed_after_all():
+    network = nn.BatchNorm1d(2)
+    constants = list(network.buffers())
+    copy = HostCopy()
+    take = lambda: copy.of({"G": network.state_dict()}, constants)["G"]["running_mean"]  # noqa: E731
+    host = take()
+    # Whatever stands in the buffer stays there: nothing was copied.
+    host.fill_(7)
+    assert take().tolist() == [7, 7]
+    network.load_state_dict(network.state_dict() | {"running_mean": torch.tensor([1.0, 2.0])})
+    assert take().tolist() == [1, 2]
+    network.running_mean = torch.tensor([3.0, 4.0])
+    constants[0] = network.running_mean
+    assert take().tolist() == [3, 4]
+    # What is not declared a constant is copied each time, whether torch saw it change or not.
+    host = copy.of({"w": constants[0]})["w"].fill_(7)
+    assert copy.of({"w": constants[0]})["w"].tolist() == [3, 4]
+
+
+def test_what_is_planned_once_is_copied_as_what_is_looked_at_each_time():
+    network = nn.BatchNorm1d(2)
+    aliases, constants, copy = Aliases(network.state_dict()), list(network.buffers()), HostCopy()
+    for value in (1.0, 2.0):
+        with torch.no_grad():
+            network.weight.fill_(value)
+            network.running_var.fill_(value)
+        copied = copy.of({"G": aliases}, constants)
+        assert saved(copied) == saved(HostCopy().of({"G": network.state_dict()}))
+    # Nothing was copied that did not change.
+    copied["G"]["running_var"].fill_(7)
+    assert copy.of({"G": aliases}, constants)["G"]["running_var"].tolist() == [7, 7]
+
+
+def test_the_threads_share_the_bytes_evenly_and_copy_all():
+    trees = {"small": [torch.full((1,), float(i)) for i in range(100)], "large": torch.arange(400.0), "empty": torch.zeros(0)}
+    walk = _Walk((), {})
+    walk.copy(trees, {}, "")
+    assert [[tensor.numel() for tensor in walk.live[share]] for share in walk.shares(2)] == [[1] * 100, [400, 0]]
+    for count in range(1, 6):
+        covered = [i for share in walk.shares(count) for i in range(share.start, share.stop)]
+        assert covered == list(range(102))
+    assert saved(HostCopy().of(trees)) == saved({**trees, "small": [tensor.clone() for tensor in trees["small"]]})
+
+
+@pytest.mark.parametrize(
+    "tree, place",
+    [
+        ({"G.pth": {"a.weight": torch.tensor([1.0, float("nan")])}}, "G.pth a.weight"),
+        ({"G.pth": {"a": torch.ones(2)}, "o.pth": {"state": {3: {"exp_avg": torch.tensor(float("inf"))}}}}, "o.pth state 3 exp_avg"),
+        ({"G.pth": [torch.tensor([float("inf"), -float("inf")])]}, "G.pth 0"),
+        (
+            {"G.pth": {"a": torch.tensor([3e38, 3e38]), "i": torch.tensor([2**62] * 2), "text": "nan", "lr": float("inf"), "e": torch.ones(0)}},
+            None,
+        ),
+    ],
+)
+def test_the_first_value_that_is_no_number_is_found(tree, place):
+    assert spoiled(tree) == place
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies off a GPU: needs one")
+def test_a_gpu_does_not_change_what_is_still_being_copied():
+    live = torch.zeros(64 << 20, device="cuda")
+    copy = HostCopy()
+    for value in range(1, 4):
+        live.fill_(value)
+        host = copy.of({"w": live})["w"]
+        live.fill_(-1)
+        copy.wait()
+        assert host.is_pinned()
+        assert host.eq(value).all()

@@ -238,6 +238,7 @@ def test_a_clip_without_noise_level_8_bit_frames_or_another_length_is_refused(ma
         ({"num_heads": (2,) * 7}, "num_heads: expected 8 entries, one per entry of depths, found 7"),
         ({"num_heads": (3,) * 8}, r"embed_dims\[0\]: expected a multiple of num_heads\[0\] = 3, found 8"),
         ({"embed_dims": (6,) * 8}, r"embed_dims\[0\]: expected a multiple of 4"),
+        ({"embed_dims": (8,) * 8, "pa_frames": 6, "deformable_groups": 6}, r"embed_dims\[0\]: expected a multiple of 3 \(pa_frames / 2\), found 8"),
         ({"deformable_groups": 3}, "deformable_groups: expected a multiple of 1 .* divides .* = 8, found 3"),
         ({"indep_reconsts": (8,)}, r"indep_reconsts: expected entries from 7 to 7, found \[8\]"),
         ({"out_chans": 6}, "out_chans: expected 3"),

@@ -43,7 +43,7 @@ def test_a_full_outbox_folder_is_shown_loudly_and_nothing_saved_before_is_lost(m
     workspace = make_workspace("full")
     workspace.edit(train__total_steps=8)
     (workspace.root / "checkpoints").mkdir()
-    script = "mount -t tmpfs -o size=20m tmpfs checkpoints && python -m vrt train; code=$?; ls checkpoints/*/8_*; exit $code"
+    script = "mount -t tmpfs -o size=33m tmpfs checkpoints && python -m vrt train; code=$?; ls checkpoints/*/8_*; exit $code"
     command = ["unshare", "--mount", "sh", "-c", script]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ended = subprocess.run(command, check=False, cwd=workspace.root, env=workspace.environment, timeout=120, **output)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import FileEntry, Manifest
-from vrt.checkpoint.publisher import Publisher, Saver
+from vrt.checkpoint.publisher import Publisher
+from vrt.checkpoint.saver import Saver
 from vrt.data.sampler import Batch
 from vrt.params import Optimizer, Params, load_params
 from vrt.training.ema import copy_for_ema
@@ -56,6 +57,11 @@ class Registered:
 
     def publish(self, manifest: Manifest, folder: Path) -> str:
         return "s3://bucket/somewhere"
+
+    def upload(self, step: int, file: FileEntry, folder: Path) -> None: ...
+
+    def registered(self) -> dict[int, object]:
+        return {}
 
     def check(self, manifest: Manifest) -> None: ...
 
@@ -119,7 +125,7 @@ class Attempt:
     """One process of the training: its state, its folder, and what it sent."""
 
     def __init__(self, params: Params, path: Path, state: TrainingState, first_to_stop: int | None = None, validate=validate):
-        self.folder, self.state, self.registered = CheckpointFolder(path), state, Registered()
+        self.folder, self.state, self.registered, self.measure = CheckpointFolder(path), state, Registered(), validate
         self.folder.prepare()
         steps = self.folder.steps()
         if steps:
@@ -135,7 +141,8 @@ class Attempt:
 
         publisher = Publisher(self.folder, self.registered, self.registered)
         publisher.start()
-        saver = Saver(self.folder, publisher)
+        saver = Saver(self.folder, publisher, params.checkpoints.most_failed_saves)
+        saver.safe_step = state.step
         # Each attempt comes from elsewhere: that must not show in the files.
         sink = SnapshotSink(saver, publisher, {"lineage": LINEAGE, "identity": params.identity(), "origin": {"host": str(id(self))}})
         try:
@@ -143,6 +150,7 @@ class Attempt:
         finally:
             saver.wait()
             self.missing = publisher.finish(60)
+        sink.check()
         assert saver.failure is None
 
     def files(self, step: int) -> dict[str, bytes]:

@@ -4,6 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vrt.checkpoint.errors import SavesFail
+from vrt.checkpoint.folder import CheckpointFolder
+from vrt.training import loop
+
 
 def equal(one: object, other: object) -> bool:
     """Whether two trees hold the same keys, values and bits."""
@@ -50,23 +54,25 @@ def test_a_stopped_and_resumed_training_writes_the_same_files(params, fresh, att
 
 def test_what_happens_at_which_step(params, fresh, attempt, tmp_path, whole):
     assert whole.done
-    assert whole.folder.steps() == [6, 3]
-    assert whole.registered.steps == [3, 6]
+    assert whole.folder.steps() == [6, 3, 1]
+    assert whole.registered.steps == [1, 3, 6]
     assert set(whole.files(6)) == {"6_G.pth", "6_E.pth", "6_optimizerG.pth", "6_history.jsonl", "6_preview.png"}
     rows = whole.state.history.rows
-    assert [row["step"] for row in rows if "train/loss" in row] == [2, 3, 4, 6]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 6]
     assert [row["step"] for row in rows if "val/psnr" in row] == [2, 3, 4, 6]
-    assert [row["step"] for row in whole.registered.rows if "train/steps_per_s" in row] == [2, 3, 4, 6]
-    # Speed is no function of the step: in the history it would make each run another.
-    assert not any("train/steps_per_s" in row for row in rows)
+    assert [row["step"] for row in whole.registered.rows if "train/steps_per_s" in row] == [1, 2, 3, 4, 6]
+    for timing in ("blocked_s", "waited_s", "committed_s", "registered_s"):
+        assert [row["step"] for row in whole.registered.rows if f"save/{timing}" in row] == [1, 3, 6]
+    # Speed and times are no functions of the step: in the history they would make each run another.
+    assert {key for row in rows for key in row} == {"step", "train/loss", "train/lr", "val/psnr"}
 
 
 def test_a_stop_request_ends_after_the_step_with_a_save_and_without_a_validation(params, fresh, attempt, tmp_path):
     stopped = attempt(params, tmp_path / "parts", fresh(), first_to_stop=4)
     assert not stopped.done
     assert stopped.state.step == 4
-    assert stopped.folder.steps() == [4, 3]
-    assert stopped.registered.steps == [3, 4]
+    assert stopped.folder.steps() == [4, 3, 1]
+    assert stopped.registered.steps == [1, 3, 4]
     assert stopped.missing == []
     assert [row["step"] for row in stopped.state.history.rows if "val/psnr" in row] == [2, 3]
     assert set(stopped.files(4)) == {"4_G.pth", "4_E.pth", "4_optimizerG.pth", "4_history.jsonl"}
@@ -92,24 +98,26 @@ class FailsAt(nn.Module):
 
 @pytest.mark.parametrize("step", [4, 6])
 def test_a_loss_that_is_no_number_ends_the_training_and_is_not_saved(params, fresh, attempt, tmp_path, step: int):
-    with pytest.raises(FloatingPointError, match=f"step {step}: the loss is nan; nothing of this step was saved, and the last checkpoint is sound"):
+    told = f"step {step}: the loss is nan; nothing of this step was saved, the last healthy checkpoint is step 3: lower optimizer.lr"
+    with pytest.raises(FloatingPointError, match=told):
         attempt(params, tmp_path / "parts", fresh(lambda: FailsAt(step, "loss")))
-    assert sorted(path.name for path in (tmp_path / "parts").glob("*manifest*")) == ["3_manifest.json"]
+    assert CheckpointFolder(tmp_path / "parts").steps() == [3, 1]
 
 
 def test_a_loss_that_is_no_number_between_two_points_of_the_curve_is_never_saved(params, fresh, attempt, tmp_path):
     # At step 5 nobody looks; step 6 is the next that would be saved.
     with pytest.raises(FloatingPointError, match="step 6: the loss is nan"):
         attempt(params, tmp_path / "parts", fresh(lambda: FailsAt(5, "loss")))
-    assert sorted(path.name for path in (tmp_path / "parts").glob("*manifest*")) == ["3_manifest.json"]
+    assert CheckpointFolder(tmp_path / "parts").steps() == [3, 1]
 
 
 def test_weights_that_are_no_numbers_are_not_saved(params, fresh, attempt, tmp_path):
     # The loss of a step is that of the weights before it. A gradient that overflows spoils the weights without showing in it, and every
     # training resumed from such a checkpoint would fail at its first step.
-    with pytest.raises(FloatingPointError, match="step 3"):
+    told = "step 3: G.pth flow.weight holds values that are no numbers; nothing of this step was saved, the last healthy checkpoint is step 1"
+    with pytest.raises(FloatingPointError, match=told):
         attempt(params, tmp_path / "parts", fresh(lambda: FailsAt(3, "gradient")))
-    assert list((tmp_path / "parts").glob("*manifest*")) == []
+    assert CheckpointFolder(tmp_path / "parts").steps() == [1]
 
 
 def test_steps_are_saved_when_their_validation_fails(params, fresh, attempt, tmp_path):
@@ -120,5 +128,61 @@ def test_steps_are_saved_when_their_validation_fails(params, fresh, attempt, tmp
         attempt(params, tmp_path / "parts", fresh(), validate=out_of_memory)
     # Validation comes first at step 2; the next attempt begins with validating it.
     resumed = attempt(params, tmp_path / "parts", fresh())
-    assert resumed.folder.steps() == [6, 3, 2]
+    assert resumed.folder.steps() == [6, 3, 2, 1]
     assert [row["step"] for row in resumed.state.history.rows if "val/psnr" in row] == [2, 3, 4, 6]
+
+
+@pytest.mark.parametrize("failing, error", [(3, OSError(5, "Input/output error")), (5, KeyboardInterrupt()), (6, RuntimeError("CUDA out of memory"))])
+def test_the_newest_whole_step_is_saved_before_an_error_ends_the_training(params, fresh, attempt, tmp_path, whole, monkeypatch, error, failing):
+    forward = type(whole.state.network).forward
+    calls = []
+
+    def fail_once(network, clip):
+        calls.append(network.training)
+        if sum(calls) == failing:
+            raise error
+        return forward(network, clip)
+
+    stopped = attempt(params, tmp_path / "stopped", fresh(), first_to_stop=failing - 1)
+    monkeypatch.setattr(type(whole.state.network), "forward", fail_once)
+    with pytest.raises(type(error)):
+        attempt(params, tmp_path / "parts", fresh())
+    assert CheckpointFolder(tmp_path / "parts").steps()[0] == failing - 1
+    for name in ("G.pth", "E.pth", "optimizerG.pth"):
+        # The step that failed had set its own learning rate: no trace of it.
+        assert (tmp_path / "parts" / f"{failing - 1}_{name}").read_bytes() == stopped.files(failing - 1)[f"{failing - 1}_{name}"]
+    resumed = attempt(params, tmp_path / "parts", fresh())
+    found, expected = resumed.files(6), whole.files(6)
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_a_step_that_was_interrupted_while_it_changed_the_weights_is_not_saved(params, fresh, attempt, tmp_path, whole, monkeypatch, caplog):
+    update = loop.update_ema
+
+    def interrupt(ema, network, decay):
+        if fails:
+            raise KeyboardInterrupt
+        update(ema, network, decay)
+
+    fails = False
+
+    def validate_and_arm(network):
+        nonlocal fails
+        # After the validation of step 4, the next step moves the weights and not their average.
+        fails = len(validated) == 2
+        validated.append(network)
+        return whole.measure(network)
+
+    validated: list = []
+    monkeypatch.setattr(loop, "update_ema", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        attempt(params, tmp_path / "parts", fresh(), validate=validate_and_arm)
+    assert CheckpointFolder(tmp_path / "parts").steps() == [3, 1]
+    assert "KeyboardInterrupt interrupted a step while it changed the weights: nothing after the last save is kept" in caplog.text
+
+
+def test_a_training_whose_saves_fail_stops_when_the_params_say_so(params, fresh, attempt, tmp_path):
+    strict = params.model_copy(update={"checkpoints": params.checkpoints.model_copy(update={"most_failed_saves": 1})})
+    (tmp_path / "parts" / "3_G.pth").mkdir(parents=True)
+    with pytest.raises(SavesFail, match="step 3 could not be saved .*; then start again: saves failed one after another: 1 .*; step 1 is safe"):
+        attempt(strict, tmp_path / "parts", fresh())

@@ -10,6 +10,7 @@ import torch
 from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
+from vrt.checkpoint.saver import Saver
 from vrt.checkpoint.serialize import load, load_network
 from vrt.data.sampler import Batch
 from vrt.model.network import VRT
@@ -18,7 +19,7 @@ from vrt.training.ema import copy_for_ema
 from vrt.training.history import History
 from vrt.training.loop import TrainingState, take_step
 from vrt.training.optim import make_optimizer
-from vrt.training.session import load_fitting, restore
+from vrt.training.session import SnapshotSink, load_fitting, restore
 
 # Written by KAIR's own code at step 20 of a small training (lr 4e-4, one group at an eighth); reference.pt tells what step 21 then does.
 KAIR = Path(__file__).resolve().parents[1] / "fixtures" / "kair_checkpoints"
@@ -95,6 +96,55 @@ def test_a_training_that_kair_began_goes_on_as_it_did_there(kair_state, kair_par
         torch.testing.assert_close(average, 0.999 * before[name] + 0.001 * value, rtol=0, atol=1e-6)
     counts = {int(state["step"]) for state in kair_state.optimizer.state.values()}
     assert counts == {count + 1 for count in reference["adam_step_values"]}
+
+
+class Published:
+    """Stands for the publisher."""
+
+    def publish(self, manifest, started): ...
+    def ahead(self, step, file): ...
+    def send(self, row): ...
+
+
+def save(state: TrainingState, path: Path) -> CheckpointFolder:
+    """The state as a training saves it."""
+    folder, published = CheckpointFolder(path), Published()
+    folder.prepare()
+    saver = Saver(folder, published)
+    SnapshotSink(saver, published, {"lineage": "kair-1", "identity": {}, "origin": {}}).save(state, None)
+    saver.wait()
+    assert folder.problems(state.step, "kair-1") == []
+    return folder
+
+
+def test_what_is_saved_has_the_form_that_kair_writes_and_reads(kair_state, tmp_path):
+    # KAIR's own files in, ours out: the same keys in the same order, the same tensors on the CPU, nothing else.
+    for network, name in ((kair_state.network, "20_G.pth"), (kair_state.ema, "20_E.pth")):
+        network.load_state_dict(load(KAIR / name))
+    kair_state.optimizer.load_state_dict(load(KAIR / "20_optimizerG.pth"))
+    kair_state.step = 20
+    folder = save(kair_state, tmp_path / "checkpoints")
+    for name in ("20_G.pth", "20_E.pth"):
+        ours, theirs = load(folder.path / name), load(KAIR / name)
+        assert list(ours) == list(theirs)
+        assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in theirs)
+    ours, theirs = load(folder.path / "20_optimizerG.pth"), load(KAIR / "20_optimizerG.pth")
+    assert ours.keys() == theirs.keys() == {"state", "param_groups"}
+    assert ours["state"].keys() == theirs["state"].keys()
+    for index, moments in theirs["state"].items():
+        assert all(torch.equal(ours["state"][index][key], torch.as_tensor(value)) for key, value in moments.items())
+    for our_group, their_group in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+        assert {key: our_group[key] for key in their_group} == their_group
+    # As KAIR does it: no argument but the file.
+    plain = torch.load(folder.path / "20_G.pth")
+    assert {tensor.device.type for tensor in plain.values()} == {"cpu"}
+
+
+def test_without_an_average_there_is_no_file_of_it(fresh, tmp_path):
+    state = fresh()
+    state.ema, state.step = None, 1
+    folder = save(state, tmp_path / "checkpoints")
+    assert sorted(path.name for path in folder.path.iterdir()) == ["1_G.pth", "1_history.jsonl", "1_manifest.json", "1_optimizerG.pth"]
 
 
 def test_kairs_optimizer_is_plain_data():

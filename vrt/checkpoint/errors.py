@@ -13,5 +13,13 @@ class StoreUnavailable(RuntimeError):
     """The store or the registry did not answer. Worth trying again: training goes on meanwhile."""
 
 
+class SavesFail(RuntimeError):
+    """Saving failed so often, or so early, that going on would risk the training."""
+
+
 class LockedError(RuntimeError):
-    """Another trainer owns the checkpoint folder."""
+    """Another trainer owns the checkpoint folder or the lineage."""
+
+
+class LeaseLost(RuntimeError):
+    """Another trainer took the lineage over: this one may publish nothing more."""

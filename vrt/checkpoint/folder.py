@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ Write = Callable[[HashingWriter], Any]
 """Writes one file's content."""
 
 _UNFINISHED = ".unfinished-"
+# One file is hashed while another is written; more at once gain nothing that one disk could take.
+FILES_AT_ONCE = 2
 
 
 class CheckpointFolder:
@@ -43,13 +46,27 @@ class CheckpointFolder:
         except OSError as error:
             raise CheckpointError(f"{self.path}: the checkpoint folder can't be written ({error.strerror}); free it or choose another") from error
 
-    def commit(self, step: int, contents: Mapping[str, Write], describe: Callable[[tuple[FileEntry, ...]], Manifest]) -> Manifest:
+    def commit(
+        self,
+        step: int,
+        contents: Mapping[str, Write],
+        describe: Callable[[tuple[FileEntry, ...]], Manifest],
+        written: Callable[[FileEntry], None] = lambda file: None,
+    ) -> Manifest:
         """Write all files, then the manifest that `describe` makes of them; durable when this returns.
 
+        `written` hears of each file as soon as it is durable, from the thread that wrote it: of a step that may never be complete.
         Raises CheckpointError (disk full, folder read-only): then nothing of this step is left behind.
         """
+
+        def write_one(name: str, write: Write) -> FileEntry:
+            file = self._write(f"{step}_{name}", write)
+            written(file)
+            return file
+
         try:
-            files = tuple(self._write(f"{step}_{name}", write) for name, write in contents.items())
+            with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="file") as pool:
+                files = tuple(pool.map(write_one, contents.keys(), contents.values()))
             manifest = describe(files)
             reached(Phase.MANIFEST)
             self._write(manifest_name(step), lambda file: file.write(manifest.to_bytes()))
@@ -61,7 +78,7 @@ class CheckpointFolder:
             if not isinstance(error, OSError):
                 raise
             hint = "free space there" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make the folder writable"
-            raise CheckpointError(f"{self.path}: step {step} could not be saved ({error.strerror}); {hint}: the next save tries again") from error
+            raise CheckpointError(f"{self.path}: step {step} could not be saved ({error.strerror}); {hint}") from error
         return manifest
 
     def _write(self, name: str, write: Write) -> FileEntry:

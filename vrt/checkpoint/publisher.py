@@ -1,22 +1,17 @@
-"""Behind the training: write each snapshot to disk, publish it, register it; and send the metrics.
+"""Behind the training: publish each committed checkpoint, register it; and send the metrics.
 
-Two threads, so that an outage of store or registry never keeps a snapshot from being committed.
+In a thread of its own beside the one that commits, so that an outage of store or registry never keeps a snapshot from disk.
 """
 
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
-
-from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+from vrt.checkpoint.errors import CheckpointError, LeaseLost, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
-from vrt.checkpoint.manifest import Manifest, problems_of
-from vrt.checkpoint.phases import Phase, reached
-from vrt.checkpoint.snapshot import HostCopy
+from vrt.checkpoint.manifest import FileEntry, Manifest, problems_of
 from vrt.checkpoint.store import Store
 from vrt.observe import log
 
@@ -30,19 +25,32 @@ MOST_REFUSALS = 3
 class Registry(Protocol):
     """Where a published checkpoint becomes registered, and metrics go."""
 
+    def registered(self) -> Mapping[int, object]: ...
     def check(self, manifest: Manifest) -> object: ...
     def register(self, manifest: Manifest, address: str, folder: Path) -> None: ...
     def send(self, rows: list[dict[str, float]]) -> None: ...
     def note(self, key: str, text: str) -> None: ...
 
 
+class Fence(Protocol):
+    """Keeps a trainer that was thought dead from publishing over its successor."""
+
+    lost: LeaseLost | None
+    """Set once it is known that another trainer has taken the lineage over."""
+
+    def validate(self) -> None:
+        """Ask whether this trainer is still the one. Raises LeaseLost where it is not, StoreUnavailable where nobody can tell."""
+
+
 class Publisher:
     """Publishes and registers committed checkpoints, oldest first, and sends metrics; retries until it is finished."""
 
-    def __init__(self, folder: CheckpointFolder, store: Store, registry: Registry):
-        self._folder, self._store, self._registry = folder, store, registry
+    def __init__(self, folder: CheckpointFolder, store: Store, registry: Registry, fence: Fence | None = None):
+        self._folder, self._store, self._registry, self._fence = folder, store, registry, fence
         self._changed = threading.Condition()
         self._waiting: list[Manifest] = []
+        self._started: dict[int, float] = {}
+        self._ahead: list[tuple[int, FileEntry]] = []
         self._refused: dict[int, str] = {}
         self._rows: list[dict[str, float]] = []
         self._refused_rows: list[str] = []
@@ -55,10 +63,29 @@ class Publisher:
     def start(self) -> None:
         self._thread.start()
 
-    def publish(self, manifest: Manifest) -> None:
-        """Publish and register a committed checkpoint, in the background."""
+    @property
+    def lost(self) -> LeaseLost | None:
+        """Why nothing is published any more, once another trainer has taken the lineage over."""
+        return self._fence.lost if self._fence else None
+
+    def publish(self, manifest: Manifest, started: float | None = None) -> None:
+        """Publish and register a committed checkpoint, in the background.
+
+        Where its save `started` (monotonic) is given, the time from then to its registration is sent as a metric.
+        """
         with self._changed:
+            if started is not None:
+                self._started[manifest.step] = started
             self._waiting.append(manifest)
+            self._changed.notify()
+
+    def ahead(self, step: int, file: FileEntry) -> None:
+        """Upload one file of a step that is still being committed, in the background: its upload overlaps the writing of the rest.
+
+        It may fail, or never be followed by the rest: publishing the step uploads what is missing, and verifies everything.
+        """
+        with self._changed:
+            self._ahead.append((step, file))
             self._changed.notify()
 
     def send(self, row: dict[str, float]) -> None:
@@ -95,13 +122,16 @@ class Publisher:
         pause = SECONDS_BETWEEN_SENDS
         while True:
             with self._changed:
-                if not (self._waiting or self._finishing):
+                if not (self._waiting or self._ahead or self._finishing):
                     self._changed.wait(pause)
                 if self._finishing and not (self._waiting or self._rows or self._notes):
                     return
             try:
                 self._work()
                 self._trouble, pause = "", SECONDS_BETWEEN_SENDS
+            except LeaseLost as error:
+                self._trouble = str(error)
+                return
             except Exception as error:
                 # Whatever it is, the training must go on and the checkpoint is safe on disk: say it and try again.
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -122,10 +152,30 @@ class Publisher:
             self._registry.note(key, text)
             with self._changed:
                 self._notes.pop(key)
+        self._upload_ahead()
         for manifest in manifests:
             self._publish(manifest)
             with self._changed:
                 self._waiting.remove(manifest)
+
+    def _upload_ahead(self) -> None:
+        with self._changed:
+            files, self._ahead = self._ahead, []
+        if not files:
+            return
+        self._check_fence()
+        # What is registered is never overwritten, not even by a training that goes the same way again.
+        registered = self._registry.registered()
+        for step, file in files:
+            if step not in registered:
+                try:
+                    self._store.upload(step, file, self._folder.path)
+                except OSError as error:
+                    log.info("checkpoint %d: %s was gone before it could be uploaded (%s)", step, file.name, error.strerror)
+
+    def _check_fence(self) -> None:
+        if self._fence:
+            self._fence.validate()
 
     def _send(self, rows: list[dict[str, float]]) -> bool:
         """False: not this time, though the registry answers. Refused again and again, they no longer hold up the checkpoints behind them."""
@@ -145,56 +195,20 @@ class Publisher:
     def _publish(self, manifest: Manifest) -> None:
         started = time.monotonic()
         try:
+            self._check_fence()
             self._registry.check(manifest)
             problems = problems_of(manifest, self._folder.path)
             if problems:
                 raise CheckpointError("; ".join(problems))
             address = self._store.publish(manifest, self._folder.path)
+            # Uploading took its time: a trainer that was thought dead meanwhile must not register.
+            self._check_fence()
             self._registry.register(manifest, address, self._folder.path)
         except CheckpointError as error:
             log.error("checkpoint %d can't be registered: %s", manifest.step, error)
             self._refused[manifest.step] = str(error)
             return
+        started_save = self._started.pop(manifest.step, None)
+        if started_save is not None:
+            self.send({"step": manifest.step, "save/registered_s": time.monotonic() - started_save})
         log.info("checkpoint %d registered (%.1f MB in %.1f s)", manifest.step, manifest.size / 1e6, time.monotonic() - started)
-
-
-class Saver:
-    """Snapshots the training's state and commits it in the background, one at a time."""
-
-    def __init__(self, folder: CheckpointFolder, publisher: Publisher):
-        self._folder, self._publisher = folder, publisher
-        self._copy = HostCopy()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._writing: Future | None = None
-        self.failure: CheckpointError | None = None
-        """Why the newest save failed; None where it is on disk."""
-
-    def save(self, step: int, tensors: Mapping[str, Any], blobs: Mapping[str, bytes], facts: dict[str, Any]) -> None:
-        """Save trees of `tensors` and raw `blobs` by file name (without the step), with `facts` for the manifest.
-
-        Returns once the state is copied; the training may change it then.
-        """
-        self.wait()
-        copied = self._copy.of(dict(tensors))
-        reached(Phase.SNAPSHOT)
-        self._writing = self._executor.submit(self._commit, step, copied, dict(blobs), facts)
-
-    def _commit(self, step: int, tensors: dict[str, Any], blobs: dict[str, bytes], facts: dict[str, Any]) -> None:
-        contents = {name: lambda file, tree=tree: torch.save(tree, file) for name, tree in tensors.items()}
-        contents |= {name: lambda file, blob=blob: file.write(blob) for name, blob in blobs.items()}
-        try:
-            manifest = self._folder.commit(step, contents, lambda files: Manifest(step=step, files=files, **facts))
-        except CheckpointError as error:
-            log.error("SAVE FAILED, training goes on: %s", error)
-            self._publisher.note("failed_save", str(error))
-            self.failure = error
-            return
-        self.failure = None
-        reached(Phase.COMMITTED)
-        self._publisher.publish(manifest)
-
-    def wait(self) -> None:
-        """Wait until the snapshot being written, if there is one, is committed or has failed."""
-        if self._writing:
-            self._writing.result()
-            self._writing = None

@@ -5,7 +5,7 @@ One run per lineage, continued by every attempt. The only module that imports ML
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,10 @@ from vrt.checkpoint.resume import Registered
 EXPERIMENT = "vrt"
 PREVIEW = "_preview.png"
 LATEST_STEP = "latest-step"
+LEASE = "vrt.lease."
+LEASE_KIND = "vrt.lease_kept_in"
+# Longer than a trainer that looks and then writes takes in between.
+SECONDS_TO_SETTLE = 1.0
 
 Row = dict[str, float]
 """One step's metrics by name, with the step itself under "step"."""
@@ -56,8 +60,8 @@ class MlflowRegistry:
     def __init__(self, lineage: Lineage):
         self.lineage = lineage
         self.run_id = ""
-        self.checkpoints_address = ""
         self.attempt = 0
+        self._artifacts = ""
         self._experiment_id = ""
         self._sent: dict[str, int] | None = None
 
@@ -66,22 +70,40 @@ class MlflowRegistry:
 
         Raises StoreUnavailable where MLflow does not answer: without it nobody knows the latest registered step.
         """
+        self.find_or_create(params)
+        self.begin_attempt(tags)
+
+    def find_or_create(self, params: dict[str, Any]) -> None:
+        """Have a run for the lineage, and change nothing of one that exists: another trainer may be at work there."""
         with self._guarded() as client:
             self._experiment_id = self._experiment(client)
             run = self._find(client) or self._create_run(client, params)
-            self.run_id = run.info.run_id
-            self.checkpoints_address = f"{run.info.artifact_uri}/checkpoints"
-            self.attempt = int(run.data.tags.get("vrt.attempts", 0)) + 1
+            self.run_id, self._artifacts = run.info.run_id, run.info.artifact_uri
+
+    def begin_attempt(self, tags: dict[str, str]) -> None:
+        """Mark the run running, and count this attempt."""
+        with self._guarded() as client:
+            self.attempt = int(client.get_run(self.run_id).data.tags.get("vrt.attempts", 0)) + 1
             for key, value in (tags | {"vrt.attempts": str(self.attempt)}).items():
                 client.set_tag(self.run_id, key, value)
             client.update_run(self.run_id, status="RUNNING")
+
+    @property
+    def checkpoints_address(self) -> str:
+        """Where the checkpoints of the run are published."""
+        return f"{self._artifacts}/checkpoints"
+
+    @property
+    def lease_address(self) -> str:
+        """Where trainers claim the lineage, if the store can be trusted with that."""
+        return f"{self._artifacts}/lease"
 
     def attach(self) -> bool:
         """Find the run of the lineage, to read it or add to it, without starting an attempt. False: there is none."""
         with self._guarded() as client:
             self._experiment_id = self._experiment(client)
             run = self._find(client)
-            self.run_id = run.info.run_id if run else ""
+            self.run_id, self._artifacts = (run.info.run_id, run.info.artifact_uri) if run else ("", "")
         return bool(run)
 
     def _find(self, client):
@@ -232,6 +254,16 @@ class MlflowRegistry:
         with self._guarded() as client:
             client.set_tag(self.run_id, f"vrt.{key}", text[:5000])
 
+    def lease_kind(self, decide: Callable[[], str]) -> str:
+        """What `decide` once said about where trainers claim this lineage: it must be the same place for all of them, for ever."""
+        with self._guarded() as client:
+            known = client.get_run(self.run_id).data.tags.get(LEASE_KIND)
+        if known is None:
+            known = decide()
+            with self._guarded() as client:
+                client.set_tag(self.run_id, LEASE_KIND, known)
+        return known
+
     def close(self, status: str) -> None:
         """Set the run's status: FINISHED, KILLED (stopped early, goes on later) or FAILED."""
         with self._guarded() as client:
@@ -285,3 +317,31 @@ class MlflowRegistry:
             raise
         except requests.RequestException as error:
             raise StoreUnavailable(f"MLflow at {address} does not answer ({error}); see `vrt services status`") from error
+
+
+class RunNotes:
+    """Claims on a lineage as tags of its run (`vrt.checkpoint.lease.Notes`), for stores that can't keep them."""
+
+    def __init__(self, registry: MlflowRegistry):
+        self._registry = registry
+
+    def all(self) -> dict[str, str]:
+        with self._registry._guarded() as client:
+            tags = client.get_run(self._registry.run_id).data.tags
+        return {key.removeprefix(LEASE): value for key, value in tags.items() if key.startswith(LEASE)}
+
+    def create(self, name: str, text: str) -> bool:
+        """Not atomic: who else wrote in the same moment shows when it is read back after this."""
+        if name in self.all():
+            return False
+        self.write(name, text)
+        time.sleep(SECONDS_TO_SETTLE)
+        return True
+
+    def write(self, name: str, text: str) -> None:
+        with self._registry._guarded() as client:
+            client.set_tag(self._registry.run_id, LEASE + name, text)
+
+    def remove(self, name: str) -> None:
+        with self._registry._guarded() as client:
+            client.delete_tag(self._registry.run_id, LEASE + name)

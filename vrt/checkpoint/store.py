@@ -1,8 +1,10 @@
 """The store: an S3 bucket that holds what is published. What was put there is read back before it counts."""
 
 import hashlib
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -11,12 +13,17 @@ from vrt.checkpoint.manifest import FileEntry, Manifest, manifest_name
 from vrt.checkpoint.phases import Phase, reached
 from vrt.observe import log
 
+FILES_AT_ONCE = 2
+
 
 class Store(Protocol):
     """Where published checkpoints are, one folder per step."""
 
     def publish(self, manifest: Manifest, folder: Path) -> str:
         """Upload a committed checkpoint from `folder`, verify it there, and return its address. Safe to repeat."""
+
+    def upload(self, step: int, file: FileEntry, folder: Path) -> None:
+        """Upload one file of a step that is still being committed, so that less is left for `publish`, which verifies it."""
 
     def manifest(self, address: str) -> Manifest:
         """The manifest of a published checkpoint."""
@@ -35,16 +42,21 @@ class S3Store:
         self._client = None
 
     def publish(self, manifest: Manifest, folder: Path) -> str:
-        address = f"{self._prefix}/{manifest.step:08d}"
+        address = self._address(manifest.step)
         with self._guarded(address) as client:
             bucket, key = _split(address)
-            for file in manifest.files:
+
+            def put(file: FileEntry) -> None:
                 if self._sha256(client, bucket, f"{key}/{file.name}", file.size) != file.sha256:
                     client.upload_file(str(folder / file.name), bucket, f"{key}/{file.name}", Callback=lambda _: reached(Phase.UPLOAD))
                     reached(Phase.READ_BACK)
                     # Not every store checks a checksum that is sent along, so the bytes themselves are read back.
                     if self._sha256(client, bucket, f"{key}/{file.name}", file.size) != file.sha256:
                         raise StoreUnavailable(f"{address}/{file.name}: read back other bytes than were uploaded; uploading again")
+
+            # One file is read back while another is uploaded.
+            with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="upload") as pool:
+                list(pool.map(put, manifest.files))
             reached(Phase.UPLOAD)
             name, content = manifest_name(manifest.step), manifest.to_bytes()
             client.put_object(Bucket=bucket, Key=f"{key}/{name}", Body=content)
@@ -52,6 +64,15 @@ class S3Store:
             if self._sha256(client, bucket, f"{key}/{name}", len(content)) != hashlib.sha256(content).hexdigest():
                 raise StoreUnavailable(f"{address}/{name}: read back other bytes than were uploaded; uploading again")
         return address
+
+    def upload(self, step: int, file: FileEntry, folder: Path) -> None:
+        address = self._address(step)
+        with self._guarded(address) as client:
+            bucket, key = _split(address)
+            client.upload_file(str(folder / file.name), bucket, f"{key}/{file.name}", Callback=lambda _: reached(Phase.UPLOAD))
+
+    def _address(self, step: int) -> str:
+        return f"{self._prefix}/{step:08d}"
 
     def manifest(self, address: str) -> Manifest:
         step = int(address.rsplit("/", 1)[1])
@@ -123,8 +144,62 @@ class S3Store:
             raise StoreUnavailable(f"{address}: the store refused ({answer}); check the credentials, the bucket and its policy") from error
 
 
+class S3Notes:
+    """Small texts below `prefix` of the same server, one object each: where trainers claim a lineage (`vrt.checkpoint.lease.Notes`)."""
+
+    def __init__(self, prefix: str):
+        self._store, self._prefix = S3Store(prefix), prefix.rstrip("/")
+
+    def all(self) -> dict[str, str]:
+        with self._store._guarded(self._prefix) as client:
+            bucket, key = _split(self._prefix)
+            names = [each["Key"].rsplit("/", 1)[1] for each in client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/").get("Contents", [])]
+            found = {}
+            for name in names:
+                # Another trainer may clear away old claims meanwhile.
+                with suppress(client.exceptions.NoSuchKey):
+                    found[name] = client.get_object(Bucket=bucket, Key=f"{key}/{name}")["Body"].read().decode()
+            return found
+
+    def create(self, name: str, text: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        with self._store._guarded(self._prefix) as client:
+            bucket, key = _split(self._prefix)
+            try:
+                client.put_object(Bucket=bucket, Key=f"{key}/{name}", Body=text.encode(), IfNoneMatch="*")
+            except ClientError as error:
+                # 409: someone else is creating it at this moment.
+                if _status(error) in (409, 412):
+                    return False
+                raise
+        return True
+
+    def write(self, name: str, text: str) -> None:
+        with self._store._guarded(self._prefix) as client:
+            bucket, key = _split(self._prefix)
+            client.put_object(Bucket=bucket, Key=f"{key}/{name}", Body=text.encode())
+
+    def remove(self, name: str) -> None:
+        with self._store._guarded(self._prefix) as client:
+            bucket, key = _split(self._prefix)
+            client.delete_object(Bucket=bucket, Key=f"{key}/{name}")
+
+    def are_exclusive(self) -> bool:
+        """Whether `create` refuses what exists, tried out: many servers take the condition and ignore it, or don't know it."""
+        name = f"probe-{uuid.uuid4().hex}"
+        try:
+            return self.create(name, "first") and not self.create(name, "second") and self.all().get(name) == "first"
+        except StoreUnavailable as error:
+            if _status(error.__cause__) not in (400, 501):
+                raise
+            return False
+        finally:
+            self.remove(name)
+
+
 def _status(error) -> int:
-    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
 
 
 def _split(address: str) -> tuple[str, str]:

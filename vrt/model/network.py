@@ -235,6 +235,8 @@ def _check_arguments(
             raise ValueError(f"embed_dims[{i}]: expected a multiple of num_heads[{i}] = {heads}, found {dim}")
         if i < BODY and dim % 4:
             raise ValueError(f"embed_dims[{i}]: expected a multiple of 4 (position encoding, changes of scale), found {dim}")
+        if i < BODY and pa_frames and dim % (pa_frames // 2):
+            raise ValueError(f"embed_dims[{i}]: expected a multiple of {pa_frames // 2} (pa_frames / 2), found {dim}")
         if i < BODY and pa_frames and (dim * pa_frames // 2 % deformable_groups or deformable_groups % (pa_frames // 2)):
             raise ValueError(
                 f"deformable_groups: expected a multiple of {pa_frames // 2} (pa_frames / 2) that divides "

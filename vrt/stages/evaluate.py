@@ -30,7 +30,7 @@ def run_evaluation(params_path: Path, weights: Path | None = None) -> int:
     params = load_params(params_path)
     data = PreparedData.open(PREPARED)
     if weights:
-        network, manifest = build_network(params), None
+        network, manifest = build_network(params.network), None
         network.load_state_dict(load_fitting(weights, network))
     else:
         network, manifest = load_model(params)
@@ -53,7 +53,7 @@ def load_model(params: Params) -> tuple[torch.nn.Module, Manifest]:
     path = MODEL / file.name
     if not path.is_file() or sha256_of(path) != file.sha256:
         raise CheckpointError(f"{path}: missing, or not what its manifest says; run `dvc checkout {MODEL}`, or `dvc repro train` to write it again")
-    network = build_network(params)
+    network = build_network(params.network)
     network.load_state_dict(load_fitting(path, network))
     return network, manifest
 

@@ -5,19 +5,21 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from vrt.checkpoint.folder import CheckpointFolder
+from vrt.checkpoint.lease import Lease
 from vrt.checkpoint.lock import locked
 from vrt.checkpoint.manifest import manifest_name
-from vrt.checkpoint.publisher import Publisher, Saver
-from vrt.checkpoint.registry import Lineage, MlflowRegistry
+from vrt.checkpoint.publisher import Publisher
+from vrt.checkpoint.registry import Lineage, MlflowRegistry, RunNotes
 from vrt.checkpoint.resume import newest_healthy
-from vrt.checkpoint.store import S3Store
+from vrt.checkpoint.saver import Saver
+from vrt.checkpoint.store import S3Notes, S3Store
 from vrt.data.clips import PreparedData
 from vrt.data.sampler import check_sampling, training_batches
 from vrt.evaluation.pictures import png, preview
@@ -37,8 +39,9 @@ SECONDS_TO_PUBLISH = 600.0
 
 @dataclass
 class Keeper:
-    """What keeps one attempt's checkpoints: the folder, what publishes from it, and the registry."""
+    """What keeps one attempt's checkpoints: the folder, what publishes from it, the registry, and the right to do so."""
 
+    lease: Lease
     folder: CheckpointFolder
     store: S3Store
     registry: MlflowRegistry
@@ -58,16 +61,27 @@ def run_training(params_path: Path) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lineage = lineage_of(params, data)
 
-    with locked(CHECKPOINTS), StopRequest() as stop, determinism(params.train.deterministic):
-        with keeping(lineage, params, data) as keeper:
+    with locked(CHECKPOINTS), StopRequest() as stop, determinism(params.train.deterministic), ExitStack() as at_the_end:
+        registry = MlflowRegistry(lineage)
+        registry.find_or_create(flatten(params.model_dump(mode="json")) | {"data.digest": data.digest})
+        lease = lease_of(registry)
+        if not lease.take(give_up=lambda: stop.reason is not None):
+            return EXIT_CONTINUE_ME
+        at_the_end.callback(lease.release)
+        with keeping(registry, lease, params) as keeper:
             state = build_state(params, device)
             resume(state, keeper, lineage, params)
+            keeper.saver.safe_step = state.step
             sink = SnapshotSink(keeper.saver, keeper.publisher, facts(lineage, keeper.registry))
             with closing(training_batches(data, params, state.step + 1, params.train.total_steps)) as batches:
                 done = train(params, state, batches, sink, lambda network: validation(network, data, params), stop)
             keeper.saver.wait()
+            sink.check()
             if keeper.saver.failure:
-                raise RuntimeError(f"the state after step {state.step} is not saved: {keeper.saver.failure}")
+                raise RuntimeError(
+                    f"the state after step {state.step} is not saved: {keeper.saver.failure}; run the same again: it goes on after step "
+                    f"{keeper.saver.safe_step}"
+                )
         if not conclude(keeper, "FINISHED" if done else "KILLED", lambda: stop.reason is not None):
             return EXIT_FAILED if stop.reason is None else EXIT_CONTINUE_ME
         if not done:
@@ -84,16 +98,22 @@ def lineage_of(params: Params, data: PreparedData) -> Lineage:
     return Lineage(params.name, fingerprint(identity), identity)
 
 
+def lease_of(registry: MlflowRegistry) -> Lease:
+    """The hold on the lineage: kept in the store where that creates an object only once, else on the run."""
+    in_store = S3Notes(registry.lease_address)
+    kind = registry.lease_kind(lambda: "store" if in_store.are_exclusive() else "registry")
+    return Lease(in_store if kind == "store" else RunNotes(registry), registry.lineage.id)
+
+
 @contextmanager
-def keeping(lineage: Lineage, params: Params, data: PreparedData) -> Iterator[Keeper]:
-    """Open the registry and keep publishing while the block runs. If the block fails, what is committed is still published."""
-    folder = CheckpointFolder(CHECKPOINTS / lineage.id)
+def keeping(registry: MlflowRegistry, lease: Lease, params: Params) -> Iterator[Keeper]:
+    """Begin an attempt and keep publishing while the block runs. If the block fails, what is committed is still published."""
+    folder = CheckpointFolder(CHECKPOINTS / registry.lineage.id)
     folder.prepare()
-    registry = MlflowRegistry(lineage)
-    registry.open(flatten(params.model_dump(mode="json")) | {"data.digest": data.digest}, run_tags())
+    registry.begin_attempt(run_tags())
     store = S3Store(registry.checkpoints_address)
-    publisher = Publisher(folder, store, registry)
-    keeper = Keeper(folder, store, registry, publisher, Saver(folder, publisher))
+    publisher = Publisher(folder, store, registry, fence=lease)
+    keeper = Keeper(lease, folder, store, registry, publisher, Saver(folder, publisher, params.checkpoints.most_failed_saves))
     publisher.start()
     try:
         yield keeper
@@ -149,6 +169,9 @@ def conclude(keeper: Keeper, status: str, hurry: Callable[[], bool]) -> bool:
         log.error("not registered: %s", reason)
     if missing:
         log.error("what is committed is safe in %s; run the same command again to register what can be", keeper.folder.path)
+    if keeper.lease.lost:
+        # The run is its successor's now.
+        return False
     try:
         keeper.registry.close("FAILED" if missing and status == "FINISHED" else status)
     except Exception as error:

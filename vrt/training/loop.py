@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vrt.checkpoint.phases import Phase, reached
+from vrt.checkpoint.saver import unharmed
 from vrt.data.sampler import Batch
 from vrt.lifecycle import StopRequest
 from vrt.observe import log, progress
@@ -21,7 +22,6 @@ from vrt.training.optim import charbonnier, set_schedule
 
 # Keeps the draws of a training step apart from other draws of the same seed.
 STEP_STREAM = 7_001
-SPOILED = "nothing of this step was saved, and the last checkpoint is sound: lower optimizer.lr, or look at the data"
 
 
 @dataclass
@@ -34,6 +34,8 @@ class TrainingState:
     history: History
     step: int
     """Steps done."""
+    agrees: bool = True
+    """False while a step is being entered: weights, average, optimizer, history and step number are then not of one step."""
 
     @property
     def released(self) -> nn.Module:
@@ -50,10 +52,16 @@ class Validation:
 
 
 class Checkpoints(Protocol):
-    """Where snapshots and metrics go. Neither call waits for storage."""
+    """Where snapshots and metrics go. `save` waits for the copy of the state alone, `send` and `check` for nothing."""
 
     def save(self, state: TrainingState, preview: bytes | None) -> None: ...
     def send(self, row: Row) -> None: ...
+
+    def check(self) -> None:
+        """Raises what was found behind the training that must stop it: values that are no numbers, saves that fail, another trainer."""
+
+    def safe_step(self) -> int:
+        """The newest step that is saved, once what is being written is; 0: none."""
 
 
 def train(
@@ -66,46 +74,73 @@ def train(
 ) -> bool:
     """Train from `state.step` to `params.train.total_steps`. True: done. False: stopped early on request, with everything saved.
 
-    `batches` yields (step, batch) for each step to do. Raises FloatingPointError where the loss is no number any more: nothing is saved then.
+    `batches` yields (step, batch) for each step to do. An error, wherever it comes from, leaves only after the newest whole step was saved;
+    but FloatingPointError, raised where loss or weights are no numbers any more, leaves nothing of what they spoiled.
     """
     plan = params.train
+    saved = state.step
     with progress("train", plan.total_steps, "steps", done=state.step) as bar:
         if state.step and due(plan, state.step).validate and not state.history.has(state.step, "val/psnr"):
             # The attempt before was stopped at this step and had no time to validate it.
             validate_step(state, checkpoints, validate)
         speed, shown = Speed(state.step), {}
-        for step, batch in batches:
-            loss, lr = take_step(params, state, step, batch)
-            reached(Phase.STEP)
-            now = due(plan, step)
-            stopping = stop.reason is not None and step < plan.total_steps
-            if now.log or stopping:
-                check_loss(step, loss.item())
-            if now.save or stopping:
-                check_weights(state)
-            if now.log:
-                rate = speed.at(step)
-                checkpoints.send(state.history.add(step, {"train/loss": loss.item(), "train/lr": lr}) | {"train/steps_per_s": rate})
-                shown = {"loss": f"{loss.item():.4f}", "lr": f"{lr:.2e}", "steps/s": f"{rate:.2f}"}
-            preview = None
-            if now.validate and not stopping:
-                try:
-                    preview = validate_step(state, checkpoints, validate)
-                except BaseException:
-                    # The steps are sound whatever validation ran into; the next attempt validates this one.
-                    checkpoints.save(state, None)
-                    raise
+        try:
+            for step, batch in batches:
+                loss, lr = take_step(params, state, step, batch)
+                reached(Phase.STEP)
+                now = due(plan, step)
+                stopping = stop.reason is not None and step < plan.total_steps
+                shown = enter(state, checkpoints, loss, lr, speed, now, stopping) or shown
+                preview = validate_step(state, checkpoints, validate) if now.validate and not stopping else None
                 # A validation takes its time: who was told to stop meanwhile does not begin another step.
                 stopping = stop.reason is not None and step < plan.total_steps
-            if now.save or stopping:
-                checkpoints.save(state, preview)
-            if now.validate or now.save:
-                speed = Speed(step)
-            bar.advance(1, **shown)
-            if stopping:
-                log.warning("stopping after step %d: %s", step, stop.reason)
-                return False
+                if now.save or stopping:
+                    checkpoints.save(state, preview)
+                    saved = step
+                if now.validate or now.save:
+                    speed.restart(step)
+                bar.advance(1, **shown)
+                if stopping:
+                    log.warning("stopping after step %d: %s", step, stop.reason)
+                    return False
+                checkpoints.check()
+        except FloatingPointError:
+            raise
+        except BaseException as error:
+            if state.step > saved or not state.agrees:
+                save_what_is_whole(params, state, checkpoints, error)
+            raise
     return True
+
+
+def enter(
+    state: TrainingState, checkpoints: Checkpoints, loss: torch.Tensor, lr: float, speed: "Speed", now: "Due", stopping: bool
+) -> dict[str, str]:
+    """Enter a step that was taken into the history, where it is due. Returns what to show of it."""
+    shown = {}
+    # Only here is the loss fetched: on a GPU that waits for the step to end.
+    if now.log or stopping:
+        value = check_loss(state.step, loss.item(), checkpoints)
+        if now.log:
+            rate = speed.at(state.step)
+            checkpoints.send(state.history.add(state.step, {"train/loss": value, "train/lr": lr}) | {"train/steps_per_s": rate})
+            shown = {"loss": f"{value:.4f}", "lr": f"{lr:.2e}", "steps/s": f"{rate:.2f}"}
+    state.agrees = True
+    return shown
+
+
+def save_what_is_whole(params: Params, state: TrainingState, checkpoints: Checkpoints, error: BaseException) -> None:
+    """Save the newest step before `error` ends the training, unless it came in the middle of entering one."""
+    if not state.agrees:
+        log.error("%s interrupted a step while it changed the weights: nothing after the last save is kept", type(error).__name__)
+        return
+    # The step that failed has set its own learning rate already.
+    set_schedule(state.optimizer, params.optimizer, state.step)
+    log.warning("%s ends the training; step %d is saved first", type(error).__name__, state.step)
+    try:
+        checkpoints.save(state, None)
+    except Exception:
+        log.exception("step %d can't be saved", state.step)
 
 
 class Due(NamedTuple):
@@ -117,11 +152,12 @@ class Due(NamedTuple):
 def due(plan: Train, step: int) -> Due:
     """What to do after a step: a function of the step, so that the history does not show where a training was interrupted.
 
-    Every checkpoint that is due is logged and validated too, so that each says how good it is.
+    Every checkpoint that is due is logged and validated too, so that each says how good it is; but the one after the first step, which is
+    there to prove within a minute, not after hours, that the way to the registry is open, does not wait for a validation.
     """
-    last = step == plan.total_steps
-    save = last or step % plan.checkpoint_every == 0
-    return Due(log=save or step % plan.log_every == 0, validate=save or step % plan.validate_every == 0, save=save)
+    save = step == plan.total_steps or step % plan.checkpoint_every == 0
+    validate = save or step % plan.validate_every == 0
+    return Due(log=save or step == 1 or step % plan.log_every == 0, validate=validate, save=save or step == 1)
 
 
 def validate_step(state: TrainingState, checkpoints: Checkpoints, validate: Callable[[nn.Module], Validation]) -> bytes:
@@ -138,16 +174,22 @@ class Speed:
     """Steps per second since the last look, of training alone."""
 
     def __init__(self, step: int):
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
         self._step, self._since = step, time.monotonic()
 
     def at(self, step: int) -> float:
         steps, seconds = step - self._step, time.monotonic() - self._since
-        self._step, self._since = step, time.monotonic()
+        self.restart(step)
         return steps / seconds
 
 
 def take_step(params: Params, state: TrainingState, step: int, batch: Batch) -> tuple[torch.Tensor, float]:
-    """One optimizer step. Returns (loss, learning rate). The same state, step and batch give the same result."""
+    """One optimizer step. Returns (loss, learning rate). The same state, step and batch give the same result.
+
+    Leaves `state.agrees` False: who entered the step into the history sets it again.
+    """
     device = next(state.network.parameters()).device
     lr = set_schedule(state.optimizer, params.optimizer, step)
     # Stochastic depth draws from torch's generator: it too starts anew at each step.
@@ -157,6 +199,7 @@ def take_step(params: Params, state: TrainingState, step: int, batch: Batch) -> 
     restored = state.network(batch.degraded.to(device, non_blocking=True))
     loss = charbonnier(restored, batch.truth.to(device, non_blocking=True), params.optimizer.charbonnier_eps)
     loss.backward()
+    state.agrees = False
     state.optimizer.step()
     if state.ema is not None:
         update_ema(state.ema, state.network, params.train.ema_decay)
@@ -164,14 +207,11 @@ def take_step(params: Params, state: TrainingState, step: int, batch: Batch) -> 
     return loss.detach(), lr
 
 
-def check_loss(step: int, loss: float) -> None:
-    """Raises FloatingPointError for a loss that is NaN or infinite."""
+def check_loss(step: int, loss: float, checkpoints: Checkpoints) -> float:
+    """The loss; raises FloatingPointError, which names the last healthy step, where it is NaN or infinite."""
     if not math.isfinite(loss):
-        raise FloatingPointError(f"step {step}: the loss is {loss}; {SPOILED}")
-
-
-def check_weights(state: TrainingState) -> None:
-    """Raises FloatingPointError for weights that are NaN or infinite: a gradient can spoil them before any loss shows it."""
-    for name, parameter in state.network.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise FloatingPointError(f"step {state.step}: {name} holds values that are no numbers; {SPOILED}")
+        healthy = checkpoints.safe_step()
+        # The weights may have been found spoiled before any loss shows it: that says more.
+        checkpoints.check()
+        raise FloatingPointError(f"step {step}: the loss is {loss}; {unharmed(healthy)}")
+    return loss
