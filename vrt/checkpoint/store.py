@@ -70,6 +70,7 @@ class S3Store:
         with self._guarded(address) as client:
             bucket, key = _split(address)
             client.upload_file(str(folder / file.name), bucket, f"{key}/{file.name}", Callback=lambda _: reached(Phase.UPLOAD))
+            reached(Phase.READ_BACK)
 
     def _address(self, step: int) -> str:
         return f"{self._prefix}/{step:08d}"
