@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import boto3
 import numpy as np
 import psutil
 import pytest
@@ -102,6 +103,17 @@ def local_services(tmp_path_factory: pytest.TempPathFactory, make_home: Callable
         local.down(home)
 
 
+@pytest.fixture
+def services(local_services, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
+    """The session's real servers, also for this process: its environment leads to them during the test."""
+    for variable, value in local_services.environment.items():
+        if os.environ.get(variable) != value:
+            monkeypatch.setenv(variable, value)
+    # boto3 remembers the credentials of the environment it was first used in.
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    return local_services.environment
+
+
 @dataclass(frozen=True)
 class Workspace:
     """A project folder of its own, with the repository's dvc.yaml and flows, a tiny network and a tiny data set."""
@@ -130,6 +142,11 @@ class Workspace:
             timeout=300,
             **options,
         )
+
+    @property
+    def name(self) -> str:
+        """What its training is called."""
+        return YAML().load((self.root / "params.yaml").read_text())["name"]
 
     @property
     def log(self) -> Path:

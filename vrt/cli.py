@@ -5,6 +5,7 @@ import os
 import traceback
 from pathlib import Path
 
+from vrt.checkpoint.phases import Phase
 from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, launchers
 
 
@@ -68,8 +69,23 @@ def parser() -> argparse.ArgumentParser:
     init.add_argument("--recipe", required=True, help="a recipe that `vrt recipes` lists, by name or number, such as quickstart or 006")
     init.add_argument("--params", type=Path, default=Path("params.yaml"), help="file to write (default: params.yaml)")
     init.set_defaults(run=_init)
+    drill = commands.add_parser("drill", help="prove by killing, on your own services and recipe, that nothing is lost")
+    drill.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: params.yaml)")
+    phases = f"kill at this phase, one of {', '.join(Phase)}; repeat for more"
+    drill.add_argument("--phase", type=Phase, choices=list(Phase), action="append", default=[], metavar="PHASE", help=phases)
+    drill.add_argument("--kills", type=_positive, help="how many (default: once in each phase, or at each --phase)")
+    drill.add_argument("--seed", type=int, default=0, help="the same seed kills at the same phases (default: 0)")
+    drill.add_argument("--steps", type=_positive, default=12, help="train at least this far; the twin that is left alone trains as far (default: 12)")
+    drill.add_argument("--every", type=_positive, default=2, help="steps between two checkpoints of the drill (default: 2)")
+    drill.set_defaults(run=_drill)
     commands.add_parser("demo", help="everything at once: services, data, training, evaluation, and where to look").set_defaults(run=_demo)
     return top
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a number from 1 on")
+    return int(text)
 
 
 def _lead_to_services() -> None:
@@ -103,6 +119,13 @@ def _recipes(args: argparse.Namespace) -> int:
     else:
         Console().print(recipe_table(recipes), dataset_table(recipes))
     return EXIT_DONE
+
+
+def _drill(args: argparse.Namespace) -> int:
+    from vrt.stages.drill import run_drill
+
+    _lead_to_services()
+    return run_drill(args.params, args.kills, args.phase, args.seed, args.steps, args.every)
 
 
 def _init(args: argparse.Namespace) -> int:

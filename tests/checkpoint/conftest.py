@@ -1,6 +1,5 @@
 """Checkpoints to work with, made by the real code, and child processes to break."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -8,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import boto3
 import pytest
 
 from vrt.checkpoint.folder import CheckpointFolder
@@ -74,17 +72,6 @@ def child(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             # What a killed launcher leaves behind ends with its input.
             with suppress(OSError):
                 pipe.close()
-
-
-@pytest.fixture
-def services(local_services, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
-    """The session's real servers, also for this process: its environment leads to them during the test."""
-    for variable, value in local_services.environment.items():
-        if os.environ.get(variable) != value:
-            monkeypatch.setenv(variable, value)
-    # boto3 remembers the credentials of the environment it was first used in.
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
-    return local_services.environment
 
 
 @pytest.fixture

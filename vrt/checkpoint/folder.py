@@ -14,6 +14,7 @@ from typing import Any
 
 from vrt.checkpoint.errors import CheckpointError, FolderUnavailable
 from vrt.checkpoint.manifest import FileEntry, Manifest, manifest_name, problems_of
+from vrt.checkpoint.phases import Phase, reached
 from vrt.checkpoint.serialize import HashingWriter
 
 Write = Callable[[HashingWriter], Any]
@@ -67,6 +68,7 @@ class CheckpointFolder:
             with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="file") as pool:
                 files = tuple(pool.map(write_one, contents.keys(), contents.values()))
             manifest = describe(files)
+            reached(Phase.MANIFEST)
             self._write(manifest_name(step), lambda file: file.write(manifest.to_bytes()))
             self._sync()
         except BaseException as error:
@@ -89,7 +91,9 @@ class CheckpointFolder:
                 except RuntimeError as error:
                     raise writer.error or error from error
                 file.flush()
+                reached(Phase.FSYNC)
                 os.fsync(file.fileno())
+            reached(Phase.RENAME)
             unfinished.replace(self.path / name)
         except BaseException:
             with suppress(OSError):
@@ -137,6 +141,7 @@ class CheckpointFolder:
             unfinished = self.path / f"{_UNFINISHED}{file.name}"
             try:
                 fetch(file, unfinished)
+                reached(Phase.DOWNLOAD)
                 unfinished.replace(self.path / file.name)
             except OSError as error:
                 found = f"{self.path / file.name}: could not be written ({error.strerror})"
@@ -145,6 +150,7 @@ class CheckpointFolder:
         if problems:
             self.set_aside(manifest.step)
             raise CheckpointError("; ".join(problems))
+        reached(Phase.REPAIR)
         self._write(manifest_name(manifest.step), lambda file: file.write(manifest.to_bytes()))
         self._sync()
 
@@ -165,4 +171,5 @@ class CheckpointFolder:
         aside.mkdir(parents=True)
         for path in self._files(step):
             shutil.move(path, aside / path.name)
+            reached(Phase.REPAIR)
         return aside

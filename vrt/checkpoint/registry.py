@@ -14,6 +14,7 @@ from typing import Any
 
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
 from vrt.checkpoint.manifest import Manifest
+from vrt.checkpoint.phases import Phase, reached
 from vrt.checkpoint.resume import Registered
 
 EXPERIMENT = "vrt"
@@ -210,10 +211,12 @@ class MlflowRegistry:
                 facts = {"step": str(manifest.step), "lineage": manifest.lineage, "digest": manifest.digest, "bytes": str(manifest.size)}
                 tags = facts | metrics | manifest.origin
                 described = ", ".join([f"step {manifest.step}", *(f"{key} {value}" for key, value in metrics.items())])
+                reached(Phase.REGISTER)
                 client.create_model_version(
                     self.lineage.model, address, run_id=self.run_id, tags=tags, description=described, await_creation_for=None
                 )
             newest = max(self._versions(client), key=lambda version: int(version.tags["step"])).version
+            reached(Phase.ALIAS)
             client.set_registered_model_alias(self.lineage.model, LATEST_STEP, newest)
 
     def _log_preview(self, client, manifest: Manifest, folder: Path) -> None:
@@ -276,6 +279,27 @@ class MlflowRegistry:
         """Set the run's status: FINISHED, KILLED (stopped early, goes on later) or FAILED."""
         with self._guarded() as client:
             client.set_terminated(self.run_id, status)
+
+    def forget(self) -> tuple[int, list[str]]:
+        """Remove a training that was only a drill: its registered model and its runs (which MLflow keeps in its trash).
+
+        Returns how many versions went, and the artifact address of each run, where its objects still are. Repeating it does nothing.
+        """
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+        with self._guarded() as client:
+            versions = len(client.search_model_versions(f"name = '{self.lineage.model}'", max_results=1000))
+            try:
+                client.delete_registered_model(self.lineage.model)
+            except MlflowException as error:
+                if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                    raise
+            mine = f"tags.`vrt.name` = '{self.lineage.name}'"
+            runs = client.search_runs([self._experiment(client)], filter_string=mine)
+            for run in runs:
+                client.delete_run(run.info.run_id)
+        return versions, [run.info.artifact_uri for run in runs]
 
     @property
     def page(self) -> str:

@@ -10,6 +10,7 @@ import torch
 from vrt.checkpoint.errors import CheckpointError, SavesFail
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
+from vrt.checkpoint.phases import Phase, reached
 from vrt.checkpoint.publisher import Publisher
 from vrt.checkpoint.snapshot import HostCopy, spoiled
 from vrt.observe import log
@@ -52,6 +53,7 @@ class Saver:
         self.wait()
         waited = time.monotonic() - started
         copied = self._copy.of(dict(tensors), constants)
+        reached(Phase.SNAPSHOT)
         self._writing = self._executor.submit(self._commit, started, step, copied, dict(blobs), facts)
         self._publisher.send({"step": step, "save/blocked_s": time.monotonic() - started, "save/waited_s": waited})
 
@@ -81,6 +83,7 @@ class Saver:
             self._publisher.note(FAILED_SAVE, f"mended: step {step} is saved; before it: {self.failure}")
         self.failure, self._failed_in_a_row, self.safe_step = None, 0, step
         self._publisher.send({"step": step, "save/committed_s": time.monotonic() - started, "save/failed": self._failed})
+        reached(Phase.COMMITTED)
         self._publisher.publish(manifest, started)
 
     def _note_failure(self, step: int, error: CheckpointError) -> None:

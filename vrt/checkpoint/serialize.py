@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 import torch
 
 from vrt.checkpoint.errors import CheckpointError
+from vrt.checkpoint.phases import Phase, reached
 
 
 class HashingWriter:
@@ -27,10 +28,12 @@ class HashingWriter:
         self._sha256.update(data)
         self.size += len(data)
         try:
-            return self._file.write(data)
+            written = self._file.write(data)
         except OSError as error:
             self.error = error
             raise
+        reached(Phase.WRITE)
+        return written
 
     def flush(self) -> None:
         self._file.flush()

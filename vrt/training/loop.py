@@ -10,6 +10,7 @@ import numpy
 import torch
 from torch import nn
 
+from vrt.checkpoint.phases import Phase, reached
 from vrt.checkpoint.saver import unharmed
 from vrt.data.sampler import Batch
 from vrt.lifecycle import StopRequest
@@ -86,6 +87,7 @@ def train(
         try:
             for step, batch in batches:
                 loss, lr = take_step(params, state, step, batch)
+                reached(Phase.STEP)
                 now = due(plan, step)
                 stopping = stop.reason is not None and step < plan.total_steps
                 shown = enter(state, checkpoints, loss, lr, speed, now, stopping) or shown
