@@ -13,7 +13,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 # Each part, by its longest matching name, and what it may import of ours: nothing else, besides itself.
 _MODEL_DATA_CHECKPOINT = {"vrt.model", "vrt.data", "vrt.checkpoint"}
 _GROUND = {"vrt.typed_yaml", "vrt.params", "vrt.observe", "vrt.lifecycle"}
-_MIDDLE = {"vrt.training", "vrt.evaluation", "vrt.checkpoint.registry", "vrt.checkpoint.curator"}
+_MIDDLE = {"vrt.training", "vrt.evaluation", "vrt.checkpoint.registry", "vrt.checkpoint.curator", "vrt.checkpoint.claims"}
 MAY_IMPORT: Mapping[str, set[str]] = {
     "vrt.typed_yaml": set(),
     "vrt.params": {"vrt.typed_yaml"},
@@ -24,6 +24,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "vrt.checkpoint": _GROUND,
     "vrt.checkpoint.registry": _GROUND | {"vrt.checkpoint"},
     "vrt.checkpoint.curator": _GROUND | {"vrt.checkpoint", "vrt.checkpoint.registry"},
+    "vrt.checkpoint.claims": _GROUND | {"vrt.checkpoint", "vrt.checkpoint.registry"},
     "vrt.training": _GROUND | _MODEL_DATA_CHECKPOINT,
     "vrt.evaluation": _GROUND | _MODEL_DATA_CHECKPOINT,
     "vrt.services": {"vrt.observe"},

@@ -12,10 +12,10 @@ import pytest
 
 from vrt.checkpoint import lease as module
 from vrt.checkpoint import registry as registry_module
+from vrt.checkpoint.claims import RunNotes, S3Notes
 from vrt.checkpoint.errors import LeaseLost, LockedError, StoreUnavailable
 from vrt.checkpoint.lease import Claim, Lease, Notes, is_gone, newest_claim, own_claim
-from vrt.checkpoint.registry import Lineage, MlflowRegistry, RunNotes
-from vrt.checkpoint.store import S3Notes
+from vrt.checkpoint.registry import Lineage, MlflowRegistry
 
 
 class Board:

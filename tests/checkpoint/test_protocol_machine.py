@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,14 +24,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from vrt.checkpoint import phases
+from vrt.checkpoint.curator import Curator
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
 from vrt.checkpoint.phases import KILL_AT, Phase, reached
 from vrt.checkpoint.publisher import Publisher
-from vrt.checkpoint.registry import Lineage, MlflowRegistry
+from vrt.checkpoint.registry import Lineage
 from vrt.checkpoint.resume import newest_healthy
+from vrt.checkpoint.retention import prune
 from vrt.checkpoint.store import S3Store
+from vrt.params import Checkpoints
 
 LINEAGE = Lineage("machine", "0123456789", {})
 PREFIX = "s3://bucket/run/checkpoints"
@@ -39,6 +43,8 @@ LAST_STEP = 1000
 
 class S3:
     """An S3 server, as far as boto3's client shows it to us. A put is there as a whole or not at all."""
+
+    exceptions = SimpleNamespace(ClientError=ClientError)
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
@@ -58,9 +64,23 @@ class S3:
     def head_object(self, Bucket: str, Key: str) -> dict:  # noqa: N803
         return {"ContentLength": len(self._found(Key))}
 
-    def get_object(self, Bucket: str, Key: str) -> dict:  # noqa: N803
-        body = io.BytesIO(self._found(Key))
-        return {"Body": SimpleNamespace(read=body.read, iter_chunks=lambda size: iter(lambda: body.read(size), b""))}
+    def get_object(self, Bucket: str, Key: str, Range: str | None = None) -> dict:  # noqa: N803
+        content = self._found(Key)
+        if Range:
+            first, last = map(int, Range.removeprefix("bytes=").split("-"))
+            content = content[first : last + 1]
+        body = io.BytesIO(content)
+        return {"Body": SimpleNamespace(read=body.read, iter_chunks=lambda size: iter(lambda: body.read(size), b"")), "ContentLength": len(content)}
+
+    def get_paginator(self, operation: str) -> SimpleNamespace:
+        self._answer()
+        return SimpleNamespace(
+            paginate=lambda Bucket, Prefix: [{"Contents": [{"Key": key, "LastModified": datetime.now(UTC)} for key in self.objects]}]
+        )
+
+    def delete_object(self, Bucket: str, Key: str) -> None:  # noqa: N803
+        self._answer()
+        self.objects.pop(Key, None)
 
     def put_object(self, Bucket: str, Key: str, Body: bytes) -> None:  # noqa: N803
         self._answer()
@@ -71,9 +91,6 @@ class S3:
         content = Path(path).read_bytes()
         Callback(len(content))
         self.objects[key] = content
-
-    def download_file(self, bucket: str, key: str, path: str) -> None:
-        Path(path).write_bytes(self._found(key))
 
 
 @dataclass(frozen=True)
@@ -100,19 +117,23 @@ class Mlflow:
         return Page(self.versions)
 
     def create_model_version(self, name: str, source: str, tags: dict[str, str], **_: object) -> None:
-        self.versions.append(Version(str(len(self.versions) + 1), tags, source))
+        number = max((int(version.version) for version in self.versions), default=0) + 1
+        self.versions.append(Version(str(number), tags, source))
+
+    def delete_model_version(self, name: str, version: str) -> None:
+        self.versions = [each for each in self.versions if each.version != version]
 
     def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
         self.alias = version
 
 
-class Registry(MlflowRegistry):
+class Registry(Curator):
     def __init__(self, server: Mlflow):
         super().__init__(LINEAGE)
         self._server = server
 
     @contextmanager
-    def _guarded(self) -> Iterator[Mlflow]:
+    def guarded(self) -> Iterator[Mlflow]:
         if self._server.down:
             raise StoreUnavailable("MLflow does not answer")
         yield self._server
@@ -358,8 +379,24 @@ class Machine(RuleBasedStateMachine):
             if step not in self.harmed_there:
                 assert self.store_problems(step) == [], f"step {step} is registered without its bytes"
 
+    @precondition(lambda self: self.trainer is not None and self.mlflow.versions and not (self.s3.down or self.mlflow.down))
+    @rule(death=deaths(Phase.PRUNE), keep=st.integers(1, 2))
+    def prune(self, death: str | None, keep: int) -> None:
+        """What a trainer does after each registration: the newest registered checkpoint was verified just now."""
+        before = sorted(int(version.tags["step"]) for version in self.mlflow.versions)
+        if self.store_problems(before[-1]):
+            return
+        policy = Checkpoints(resume="auto", keep_last=keep, keep_every=0, keep_best=0, most_failed_saves=0)
+        self.until_death(death, lambda: prune(self.folder, self.store, self.registry, policy))
+        left = {int(version.tags["step"]) for version in self.mlflow.versions}
+        assert left >= set(before[-keep:])
+        # A step that is gone may be registered anew, by a machine of another kind with other bytes.
+        self.digests = {step: digest for step, digest in self.digests.items() if step in left}
+        self.harmed_there &= left
+        self.harmed_here &= set(self.folder.steps())
+
     @invariant()
-    def nothing_registered_is_gone(self) -> None:
+    def nothing_registered_is_gone_unless_pruned(self) -> None:
         assert {int(version.tags["step"]) for version in self.mlflow.versions} == set(self.digests)
 
     @invariant()

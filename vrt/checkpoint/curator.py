@@ -16,12 +16,12 @@ class Curator(MlflowRegistry):
 
     def noted(self, key: str) -> str:
         """What `note` last put on the run under this key; nothing: it never did."""
-        with self._guarded() as client:
+        with self.guarded() as client:
             return client.get_run(self.run_id).data.tags.get(f"vrt.{key}", "")
 
     def pin(self, step: int, pinned: bool) -> None:
         """Keep a registered step whatever the params say, or no longer. Raises CheckpointError where it is not registered."""
-        with self._guarded() as client:
+        with self.guarded() as client:
             for version in self._of_step(client, step):
                 if pinned:
                     client.set_model_version_tag(self.lineage.model, version.version, PINNED, "true")
@@ -32,7 +32,7 @@ class Curator(MlflowRegistry):
     def hold(self, step: int) -> Iterator[None]:
         """Keep anybody from deleting a registered step while the block downloads it."""
         mine = f"{HELD}{platform.node()}-{os.getpid()}"
-        with self._guarded() as client:
+        with self.guarded() as client:
             versions = [version.version for version in self._of_step(client, step)]
             for version in versions:
                 client.set_model_version_tag(self.lineage.model, version, mine, datetime.now(UTC).isoformat(timespec="seconds"))
@@ -40,7 +40,7 @@ class Curator(MlflowRegistry):
             yield
         finally:
             try:
-                with self._guarded() as client:
+                with self.guarded() as client:
                     for version in versions:
                         client.delete_model_version_tag(self.lineage.model, version, mine)
             except StoreUnavailable as error:
@@ -49,7 +49,7 @@ class Curator(MlflowRegistry):
 
     def unregister(self, step: int) -> None:
         """Take every version of a step out of the registry, and let the alias point to the newest that is left."""
-        with self._guarded() as client:
+        with self.guarded() as client:
             for version in self._of_step(client, step):
                 client.delete_model_version(self.lineage.model, version.version)
             left = self._versions(client)
@@ -63,9 +63,24 @@ class Curator(MlflowRegistry):
             raise CheckpointError(f"{self.lineage.id} step {step} is not registered; `vrt checkpoints list` shows what is")
         return found
 
+    def forget(self) -> tuple[int, list[str]]:
+        """Remove a training that was only a drill: its registered model and its runs (which MLflow keeps in its trash).
+
+        Returns how many versions went, and the artifact address of each run, where its objects still are. Repeating it does nothing.
+        """
+        with self.guarded() as client:
+            versions = len(client.search_model_versions(f"name = '{self.lineage.model}'", max_results=1000))
+            if client.search_registered_models(filter_string=f"name = '{self.lineage.model}'"):
+                client.delete_registered_model(self.lineage.model)
+            mine = f"tags.`vrt.name` = '{self.lineage.name}'"
+            runs = client.search_runs([self._experiment(client)], filter_string=mine)
+            for run in runs:
+                client.delete_run(run.info.run_id)
+        return versions, [run.info.artifact_uri for run in runs]
+
     def lineages(self) -> list[str]:
         """Every lineage the registry knows, the latest first."""
-        with self._guarded() as client:
+        with self.guarded() as client:
             runs = client.search_runs([self._experiment(client)], filter_string="tags.`vrt.lineage` LIKE '%'", max_results=1000)
         return list(dict.fromkeys(run.data.tags["vrt.lineage"] for run in runs))
 

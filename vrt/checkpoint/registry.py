@@ -25,10 +25,7 @@ HELD = "held-"
 """Begins the tags that say who downloads a version since when."""
 LONGEST_HOLD = timedelta(hours=6)
 """Who was killed while downloading must not keep a checkpoint for ever."""
-LEASE = "vrt.lease."
 LEASE_KIND = "vrt.lease_kept_in"
-# Longer than a trainer that looks and then writes takes in between.
-SECONDS_TO_SETTLE = 1.0
 
 Row = dict[str, float]
 """One step's metrics by name, with the step itself under "step"."""
@@ -82,14 +79,14 @@ class MlflowRegistry:
 
     def find_or_create(self, params: dict[str, Any]) -> None:
         """Have a run for the lineage, and change nothing of one that exists: another trainer may be at work there."""
-        with self._guarded() as client:
+        with self.guarded() as client:
             self._experiment_id = self._experiment(client)
             run = self._find(client) or self._create_run(client, params)
             self.run_id, self._artifacts = run.info.run_id, run.info.artifact_uri
 
     def begin_attempt(self, tags: dict[str, str]) -> None:
         """Mark the run running, and count this attempt."""
-        with self._guarded() as client:
+        with self.guarded() as client:
             self.attempt = int(client.get_run(self.run_id).data.tags.get("vrt.attempts", 0)) + 1
             for key, value in (tags | {"vrt.attempts": str(self.attempt)}).items():
                 client.set_tag(self.run_id, key, value)
@@ -107,7 +104,7 @@ class MlflowRegistry:
 
     def attach(self) -> bool:
         """Find the run of the lineage, to read it or add to it, without starting an attempt. False: there is none."""
-        with self._guarded() as client:
+        with self.guarded() as client:
             self._experiment_id = self._experiment(client)
             run = self._find(client)
             self.run_id, self._artifacts = (run.info.run_id, run.info.artifact_uri) if run else ("", "")
@@ -148,7 +145,7 @@ class MlflowRegistry:
 
     def sibling(self) -> Sibling | None:
         """The other training of the same name that registered last, to tell what changed. One without checkpoints doesn't count: nothing is lost."""
-        with self._guarded() as client:
+        with self.guarded() as client:
             versions = client.search_model_versions(f"name = '{self.lineage.model}'", max_results=200, order_by=["version_number DESC"])
             others = [version for version in self._ours(versions) if version.tags.get("lineage", self.lineage.id) != self.lineage.id]
             if not others:
@@ -160,7 +157,7 @@ class MlflowRegistry:
 
     def registered(self) -> dict[int, Registered]:
         """What is registered of this lineage, by step."""
-        with self._guarded() as client:
+        with self.guarded() as client:
             found = [_registered(version) for version in self._versions(client)]
         return {one.step: one for one in found}
 
@@ -199,7 +196,7 @@ class MlflowRegistry:
         from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
         known = self.check(manifest)
-        with self._guarded() as client:
+        with self.guarded() as client:
             if not known:
                 try:
                     client.create_registered_model(self.lineage.model)
@@ -234,7 +231,7 @@ class MlflowRegistry:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        with self._guarded() as client:
+        with self.guarded() as client:
             # After a failure nobody knows what arrived: ask again.
             sent, self._sent = self._sent if self._sent is not None else self._steps_sent(client), None
             points = []
@@ -254,7 +251,7 @@ class MlflowRegistry:
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Log results measured at a step, unless the run shows the very same already."""
-        with self._guarded() as client:
+        with self.guarded() as client:
             shown = client.get_run(self.run_id).data.metrics
             for key, value in metrics.items():
                 if shown.get(key) != value:
@@ -262,44 +259,23 @@ class MlflowRegistry:
 
     def note(self, key: str, text: str) -> None:
         """Put a tag on the run that a person should see, such as why a save failed."""
-        with self._guarded() as client:
+        with self.guarded() as client:
             client.set_tag(self.run_id, f"vrt.{key}", text[:5000])
 
     def lease_kind(self, decide: Callable[[], str]) -> str:
         """What `decide` once said about where trainers claim this lineage: it must be the same place for all of them, for ever."""
-        with self._guarded() as client:
+        with self.guarded() as client:
             known = client.get_run(self.run_id).data.tags.get(LEASE_KIND)
         if known is None:
             known = decide()
-            with self._guarded() as client:
+            with self.guarded() as client:
                 client.set_tag(self.run_id, LEASE_KIND, known)
         return known
 
     def close(self, status: str) -> None:
         """Set the run's status: FINISHED, KILLED (stopped early, goes on later) or FAILED."""
-        with self._guarded() as client:
+        with self.guarded() as client:
             client.set_terminated(self.run_id, status)
-
-    def forget(self) -> tuple[int, list[str]]:
-        """Remove a training that was only a drill: its registered model and its runs (which MLflow keeps in its trash).
-
-        Returns how many versions went, and the artifact address of each run, where its objects still are. Repeating it does nothing.
-        """
-        from mlflow.exceptions import MlflowException
-        from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
-
-        with self._guarded() as client:
-            versions = len(client.search_model_versions(f"name = '{self.lineage.model}'", max_results=1000))
-            try:
-                client.delete_registered_model(self.lineage.model)
-            except MlflowException as error:
-                if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-                    raise
-            mine = f"tags.`vrt.name` = '{self.lineage.name}'"
-            runs = client.search_runs([self._experiment(client)], filter_string=mine)
-            for run in runs:
-                client.delete_run(run.info.run_id)
-        return versions, [run.info.artifact_uri for run in runs]
 
     @property
     def page(self) -> str:
@@ -307,7 +283,7 @@ class MlflowRegistry:
         return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
 
     @contextmanager
-    def _guarded(self) -> Iterator:
+    def guarded(self) -> Iterator:
         """Yield the MLflow client; an outage leaves as StoreUnavailable."""
         import requests
         from mlflow import MlflowClient
@@ -335,31 +311,3 @@ def _registered(version) -> Registered:
     held = any(now - datetime.fromisoformat(since) < LONGEST_HOLD for tag, since in version.tags.items() if tag.startswith(HELD))
     psnr = version.tags.get("val_psnr")
     return Registered(int(version.tags["step"]), version.tags["digest"], version.source, float(psnr) if psnr else None, PINNED in version.tags, held)
-
-
-class RunNotes:
-    """Claims on a lineage as tags of its run (`vrt.checkpoint.lease.Notes`), for stores that can't keep them."""
-
-    def __init__(self, registry: MlflowRegistry):
-        self._registry = registry
-
-    def all(self) -> dict[str, str]:
-        with self._registry._guarded() as client:
-            tags = client.get_run(self._registry.run_id).data.tags
-        return {key.removeprefix(LEASE): value for key, value in tags.items() if key.startswith(LEASE)}
-
-    def create(self, name: str, text: str) -> bool:
-        """Not atomic: who else wrote in the same moment shows when it is read back after this."""
-        if name in self.all():
-            return False
-        self.write(name, text)
-        time.sleep(SECONDS_TO_SETTLE)
-        return True
-
-    def write(self, name: str, text: str) -> None:
-        with self._registry._guarded() as client:
-            client.set_tag(self._registry.run_id, LEASE + name, text)
-
-    def remove(self, name: str) -> None:
-        with self._registry._guarded() as client:
-            client.delete_tag(self._registry.run_id, LEASE + name)

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Protocol
 
 from vrt.checkpoint.folder import CheckpointFolder
+from vrt.checkpoint.phases import Phase, reached
 from vrt.checkpoint.resume import Candidate, Registered
 from vrt.observe import log
 from vrt.params import Checkpoints
@@ -78,8 +79,10 @@ def delete(one: Candidate, folder: CheckpointFolder, store: Shelf, registry: Unr
     """
     if one.registered:
         registry.unregister(one.step)
+        reached(Phase.PRUNE)
     if one.address:
         store.delete(one.address)
+        reached(Phase.PRUNE)
     folder.delete(one.step)
 
 

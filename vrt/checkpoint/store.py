@@ -2,10 +2,9 @@
 
 import hashlib
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
@@ -51,8 +50,8 @@ class S3Store:
 
     def publish(self, manifest: Manifest, folder: Path) -> str:
         address = self._address(manifest.step)
-        with self._guarded(address) as client:
-            bucket, key = _split(address)
+        with self.guarded(address) as client:
+            bucket, key = split(address)
 
             def put(file: FileEntry) -> None:
                 if self._sha256(client, bucket, f"{key}/{file.name}", file.size) != file.sha256:
@@ -75,8 +74,8 @@ class S3Store:
 
     def upload(self, step: int, file: FileEntry, folder: Path) -> None:
         address = self._address(step)
-        with self._guarded(address) as client:
-            bucket, key = _split(address)
+        with self.guarded(address) as client:
+            bucket, key = split(address)
             client.upload_file(str(folder / file.name), bucket, f"{key}/{file.name}", Callback=lambda _: reached(Phase.UPLOAD))
             reached(Phase.READ_BACK)
 
@@ -85,10 +84,17 @@ class S3Store:
 
     def manifest(self, address: str) -> Manifest:
         step = int(address.rsplit("/", 1)[1])
-        with self._guarded(address) as client:
-            bucket, key = _split(address)
-            body = client.get_object(Bucket=bucket, Key=f"{key}/{manifest_name(step)}")["Body"].read()
-        return Manifest.from_bytes(body, address)
+        with self.guarded(address) as client:
+            bucket, key = split(address)
+
+            def read() -> Manifest:
+                return Manifest.from_bytes(client.get_object(Bucket=bucket, Key=f"{key}/{manifest_name(step)}")["Body"].read(), address)
+
+            try:
+                return read()
+            except CheckpointError as error:
+                log.warning("%s; reading it once more", error)
+                return read()
 
     def published(self) -> dict[int, str]:
         """The address of each step that has a manifest here: all that was published, registered or not."""
@@ -97,8 +103,8 @@ class S3Store:
     def _listed(self) -> dict[int, dict[str, datetime]]:
         """When each object was written, by step and file name."""
         found: dict[int, dict[str, datetime]] = {}
-        with self._guarded(self._prefix) as client:
-            bucket, key = _split(f"{self._prefix}/")
+        with self.guarded(self._prefix) as client:
+            bucket, key = split(f"{self._prefix}/")
             for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
                 for entry in page.get("Contents", []):
                     folder, _, name = entry["Key"].removeprefix(key).partition("/")
@@ -108,6 +114,10 @@ class S3Store:
 
     def fetch(self, address: str, file: FileEntry, path: Path) -> None:
         log.info("fetching %s/%s (%.1f MB)", address, file.name, file.size / 1e6)
+        self._read_twice_if_spoiled(address, file, lambda: self._download(address, file, path))
+
+    def _download(self, address: str, file: FileEntry, path: Path) -> str:
+        """Write the object to `path`, a new file, and return the digest of what arrived; where that is not `file`'s, nothing is left."""
         digest, arrived = hashlib.sha256(), 0
         try:
             with path.open("xb") as target, progress(f"fetch {file.name}", max(1, file.size // MB), "MB") as bar:
@@ -117,13 +127,22 @@ class S3Store:
                     bar.advance((arrived + len(data)) // MB - arrived // MB)
                     arrived += len(data)
             # Not synced, which would take as long again: what a power cut takes is found by its digest, and fetched again.
-            if digest.hexdigest() != file.sha256:
-                raise CheckpointError(f"{address}: {file.name} has other content than the manifest says (SHA-256 differs)")
         except FileExistsError:
             raise
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+        if digest.hexdigest() != file.sha256:
+            path.unlink()
+        return digest.hexdigest()
+
+    def _read_twice_if_spoiled(self, address: str, file: FileEntry, read: Callable[[], str]) -> None:
+        """Raises CheckpointError where `read` returns other digests than `file`'s twice: once, a bit may have been lost on the way alone."""
+        if read() == file.sha256:
+            return
+        log.warning("%s/%s: other bytes arrived than the manifest says; reading it once more", address, file.name)
+        if read() != file.sha256:
+            raise CheckpointError(f"{address}: {file.name} has other content than the manifest says (SHA-256 differs)")
 
     def problems(self, address: str, manifest: Manifest, advance: Callable[[int], None] = lambda size: None) -> list[str]:
         """What is wrong with a checkpoint's objects, each by name, after reading every byte. Empty: all are as the manifest says.
@@ -132,28 +151,30 @@ class S3Store:
         """
         found = []
         for file in manifest.files:
-            digest = hashlib.sha256()
             try:
-                for data in self._ranges(address, file):
-                    digest.update(data)
-                    advance(len(data))
-                if digest.hexdigest() != file.sha256:
-                    found.append(f"{file.name} has other content than the manifest says (SHA-256 differs)")
+                self._read_twice_if_spoiled(address, file, lambda file=file: self._digest(address, file, advance))
             except CheckpointError as error:
                 found.append(str(error))
         return found
+
+    def _digest(self, address: str, file: FileEntry, advance: Callable[[int], None]) -> str:
+        digest = hashlib.sha256()
+        for data in self._ranges(address, file):
+            digest.update(data)
+            advance(len(data))
+        return digest.hexdigest()
 
     def _ranges(self, address: str, file: FileEntry) -> Iterator[memoryview]:
         """The object's bytes in order, in pieces that stay in the processor's cache while they are hashed and written.
 
         Raises CheckpointError where the object is missing or not of that size.
         """
-        with self._guarded(address) as client:
-            bucket, key = _split(f"{address}/{file.name}")
+        with self.guarded(address) as client:
+            bucket, key = split(f"{address}/{file.name}")
             try:
                 size = client.head_object(Bucket=bucket, Key=key)["ContentLength"]
             except client.exceptions.ClientError as error:
-                if _status(error) == 404:
+                if status(error) == 404:
                     raise CheckpointError(f"{file.name} is missing") from error
                 raise
             if size != file.size:
@@ -182,7 +203,7 @@ class S3Store:
                 raise StoreUnavailable(f"{key}: the answer ended after {done} of {len(into)} bytes")
             except (BotoCoreError, ClientError, StoreUnavailable) as error:
                 # What is refused is refused again; a connection may hold the next time.
-                refused = isinstance(error, ClientError) and _status(error) < 500
+                refused = isinstance(error, ClientError) and status(error) < 500
                 if refused or attempt == self.TRIES:
                     raise
                 log.info("%s: %d bytes from %d on did not arrive (%s); asking again", key, len(into) - done, start + done, error)
@@ -192,8 +213,8 @@ class S3Store:
         """Delete a step, its manifest first: where this is cut off, what is left is no checkpoint. Deleting what is gone does nothing."""
         step = int(address.rsplit("/", 1)[1])
         names = sorted(self._listed().get(step, {}), key=lambda name: name != manifest_name(step))
-        with self._guarded(address) as client:
-            bucket, key = _split(address)
+        with self.guarded(address) as client:
+            bucket, key = split(address)
             for name in names:
                 client.delete_object(Bucket=bucket, Key=f"{key}/{name}")
 
@@ -215,8 +236,8 @@ class S3Store:
     def clear(self) -> int:
         """Delete every object below the prefix; returns how many there were."""
         deleted = 0
-        with self._guarded(self._prefix) as client:
-            bucket, key = _split(self._prefix)
+        with self.guarded(self._prefix) as client:
+            bucket, key = split(self._prefix)
             for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/"):
                 for entry in page.get("Contents", []):
                     client.delete_object(Bucket=bucket, Key=entry["Key"])
@@ -231,7 +252,7 @@ class S3Store:
             if client.head_object(Bucket=bucket, Key=key)["ContentLength"] != size:
                 return None
         except ClientError as error:
-            if _status(error) == 404:
+            if status(error) == 404:
                 return None
             raise
         digest = hashlib.sha256()
@@ -244,7 +265,7 @@ class S3Store:
         return digest.hexdigest()
 
     @contextmanager
-    def _guarded(self, address: str) -> Iterator:
+    def guarded(self, address: str) -> Iterator:
         """Yield the S3 client; its errors leave as ours, told apart by whether trying again can help."""
         import boto3
         from boto3.exceptions import Boto3Error
@@ -276,65 +297,12 @@ class S3Store:
             raise StoreUnavailable(f"{address}: the store refused ({answer}); check the credentials, the bucket and its policy") from error
 
 
-class S3Notes:
-    """Small texts below `prefix` of the same server, one object each: where trainers claim a lineage (`vrt.checkpoint.lease.Notes`)."""
-
-    def __init__(self, prefix: str):
-        self._store, self._prefix = S3Store(prefix), prefix.rstrip("/")
-
-    def all(self) -> dict[str, str]:
-        with self._store._guarded(self._prefix) as client:
-            bucket, key = _split(self._prefix)
-            names = [each["Key"].rsplit("/", 1)[1] for each in client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/").get("Contents", [])]
-            found = {}
-            for name in names:
-                # Another trainer may clear away old claims meanwhile.
-                with suppress(client.exceptions.NoSuchKey):
-                    found[name] = client.get_object(Bucket=bucket, Key=f"{key}/{name}")["Body"].read().decode()
-            return found
-
-    def create(self, name: str, text: str) -> bool:
-        from botocore.exceptions import ClientError
-
-        with self._store._guarded(self._prefix) as client:
-            bucket, key = _split(self._prefix)
-            try:
-                client.put_object(Bucket=bucket, Key=f"{key}/{name}", Body=text.encode(), IfNoneMatch="*")
-            except ClientError as error:
-                # 409: someone else is creating it at this moment.
-                if _status(error) in (409, 412):
-                    return False
-                raise
-        return True
-
-    def write(self, name: str, text: str) -> None:
-        with self._store._guarded(self._prefix) as client:
-            bucket, key = _split(self._prefix)
-            client.put_object(Bucket=bucket, Key=f"{key}/{name}", Body=text.encode())
-
-    def remove(self, name: str) -> None:
-        with self._store._guarded(self._prefix) as client:
-            bucket, key = _split(self._prefix)
-            client.delete_object(Bucket=bucket, Key=f"{key}/{name}")
-
-    def are_exclusive(self) -> bool:
-        """Whether `create` refuses what exists, tried out: many servers take the condition and ignore it, or don't know it."""
-        name = f"probe-{uuid.uuid4().hex}"
-        try:
-            return self.create(name, "first") and not self.create(name, "second") and self.all().get(name) == "first"
-        except StoreUnavailable as error:
-            if _status(error.__cause__) not in (400, 501):
-                raise
-            return False
-        finally:
-            self.remove(name)
-
-
-def _status(error) -> int:
+def status(error) -> int:
+    """The HTTP status that an error of botocore carries; 0: none."""
     return getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
 
 
-def _split(address: str) -> tuple[str, str]:
+def split(address: str) -> tuple[str, str]:
     """s3://bucket/key -> (bucket, key). Raises CheckpointError where it is no S3 address."""
     if not address.startswith("s3://") or "/" not in address[5:]:
         raise CheckpointError(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from vrt.checkpoint.curator import Curator
 from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.lock import locked
@@ -243,7 +244,7 @@ def enrol(params_path: Path, name: str, every: int, keep_last: int = 2) -> Train
 def clean_up() -> None:
     """Remove every trace of this drill, and of earlier ones that were themselves killed: versions, runs, objects, folders."""
     for folder in sorted(SCRATCH.glob(f"{PREFIX}*")):
-        registry = MlflowRegistry(Lineage(folder.name, "", {}))
+        registry = Curator(Lineage(folder.name, "", {}))
         versions, addresses = registry.forget()
         objects = sum(S3Store(address).clear() for address in addresses)
         shutil.rmtree(folder)

@@ -40,13 +40,13 @@ def plan(phases: list[Phase], kills: int | None, seed: int, every: int) -> list[
     chosen: list[str] = list(phases) or rng.sample([*Phase, SECONDS], len(Phase) + 1)
     count = kills or len(chosen)
     deepest = {Phase.STEP: 2 * every, Phase.WRITE: 40, Phase.FSYNC: FILES, Phase.RENAME: FILES, Phase.UPLOAD: FILES, Phase.READ_BACK: FILES}
-    deepest |= {Phase.DOWNLOAD: FILES, Phase.REPAIR: FILES}
+    deepest |= {Phase.PRUNE: 2, Phase.DOWNLOAD: FILES, Phase.REPAIR: FILES}
     planned = []
     for where in (chosen[i % len(chosen)] for i in range(count)):
         number = round(rng.uniform(0, LONGEST_SECONDS), 2) if where == SECONDS else rng.randint(1, deepest.get(Phase(where), 1))
         planned.append(Kill(where, number))
-    # What fetches and repairs needs something to: not at the very beginning.
-    return sorted(planned, key=lambda kill: kill.where in (Phase.DOWNLOAD, Phase.REPAIR)) if not phases else planned
+    # What fetches, repairs and deletes needs something to: not at the very beginning.
+    return sorted(planned, key=lambda kill: kill.where in (Phase.DOWNLOAD, Phase.REPAIR, Phase.PRUNE)) if not phases else planned
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from vrt.checkpoint.claims import claims_on
 from vrt.checkpoint.curator import Curator
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.lease import Lease
@@ -18,10 +19,10 @@ from vrt.checkpoint.lock import locked
 from vrt.checkpoint.manifest import Manifest, manifest_name
 from vrt.checkpoint.policy import ResumePolicy
 from vrt.checkpoint.publisher import Publisher
-from vrt.checkpoint.registry import Lineage, MlflowRegistry, RunNotes
+from vrt.checkpoint.registry import Lineage
 from vrt.checkpoint.retention import prune
 from vrt.checkpoint.saver import Saver
-from vrt.checkpoint.store import S3Notes, S3Store
+from vrt.checkpoint.store import S3Store
 from vrt.data.clips import PreparedData
 from vrt.data.sampler import check_sampling, training_batches
 from vrt.evaluation.pictures import png, preview
@@ -71,7 +72,7 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
         refuse_surprise(lineage, policy)
         registry = Curator(lineage)
         registry.find_or_create(flatten(params.model_dump(mode="json")) | lineage.identity)
-        lease = lease_of(registry)
+        lease = Lease(claims_on(registry), lineage.id)
         if not lease.take(give_up=lambda: stop.reason is not None):
             return EXIT_CONTINUE_ME
         at_the_end.callback(lease.release)
@@ -107,13 +108,6 @@ def lineage_of(params: Params, data: PreparedData) -> Lineage:
         # With the same params as its parent it is still another training.
         identity["fork"] = parent
     return Lineage(params.name, fingerprint(identity), identity)
-
-
-def lease_of(registry: MlflowRegistry) -> Lease:
-    """The hold on the lineage: kept in the store where that creates an object only once, else on the run."""
-    in_store = S3Notes(registry.lease_address)
-    kind = registry.lease_kind(lambda: "store" if in_store.are_exclusive() else "registry")
-    return Lease(in_store if kind == "store" else RunNotes(registry), registry.lineage.id)
 
 
 @contextmanager
