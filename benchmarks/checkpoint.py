@@ -7,7 +7,6 @@ a table, and writes benchmarks/results/checkpoint-MACHINE.json and .md. Takes ab
 import argparse
 import os
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -20,9 +19,9 @@ import torch
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
+from benchmarks.local import local_services
 from benchmarks.machine import describe
 from benchmarks.report import ROOT, show, write
-from vrt import services
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.publisher import Publisher
 from vrt.checkpoint.registry import Lineage, MlflowRegistry
@@ -257,14 +256,8 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     # Others at work on the machine show in every number below: a run is judged by it.
     busy = f"{os.getloadavg()[0]:.1f}"
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
-        home = Path(scratch) / ".vrt"
-        services.up(home)
-        try:
-            os.environ |= services.load_environment(home)
-            found = measure(rounds, Path(scratch))
-        finally:
-            services.down(home)
+    with local_services() as scratch:
+        found = measure(rounds, scratch)
     machine = describe() | {"load before": busy}
     tables = {"blocked, torch.save and copies: the best; the rest: medians": [("", "measured", "judged"), *rows_of(found)]}
     show(tables)

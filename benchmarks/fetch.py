@@ -6,29 +6,22 @@ objects in turns, prints a table, and writes benchmarks/results/fetch-MACHINE.js
 
 import argparse
 import hashlib
-import json
 import os
-import platform
-import re
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import boto3
 from botocore.config import Config
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.local import local_services
 from benchmarks.machine import describe
-from vrt import services
+from benchmarks.report import show, write
 from vrt.checkpoint.manifest import FileEntry
 from vrt.checkpoint.store import MB, S3Store
 
-ROOT = Path(__file__).resolve().parents[1]
 # Recipe 001 in KAIR's form: G and E with their constant buffers, and the optimizer.
 SIZES = {"1_G.pth": 166 * MB, "1_E.pth": 166 * MB, "1_optimizerG.pth": 246 * MB}
 AIM = 0.8
@@ -91,37 +84,15 @@ def rows_of(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def write_results(found: dict[str, Any], machine: dict[str, str]) -> Path:
-    name = re.sub(r"[^a-z0-9]+", "-", f"{machine.get('accelerator', machine['processor'])}-{machine['cores']}-cores".lower()).strip("-")
-    path = ROOT / "benchmarks" / "results" / f"fetch-{name}"
-    path.parent.mkdir(exist_ok=True)
-    facts = machine | {"date": datetime.now(UTC).date().isoformat(), "python": platform.python_version()}
-    path.with_suffix(".json").write_text(json.dumps({"machine": facts, "measured": found}, indent=1) + "\n")
-    lines = [f"# Fetching a checkpoint of recipe 001: {machine['processor']}, {machine['cores']} cores", "", "| | measured | |", "|---|---|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows_of(found)]
-    lines += ["", ", ".join(f"{key} {value}" for key, value in facts.items()) + ". Medians; by `python -m benchmarks.fetch`.", ""]
-    path.with_suffix(".md").write_text("\n".join(lines))
-    return path.with_suffix(".md")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fetch", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="how often everything is fetched each way (default: 7)")
     rounds = parser.parse_args().rounds
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
-        home = Path(scratch) / ".vrt"
-        services.up(home)
-        try:
-            os.environ |= services.load_environment(home)
-            found = measure(rounds, Path(scratch))
-        finally:
-            services.down(home)
-    machine = describe()
-    table = Table("", "measured", "", title=f"fetching a checkpoint of recipe 001 on {machine['processor']}, {machine['cores']} cores")
-    for row in rows_of(found):
-        table.add_row(*row)
-    Console().print(table)
-    Console().print(f"written to {write_results(found, machine).relative_to(ROOT)}")
+    with local_services() as scratch:
+        found = measure(rounds, scratch)
+    tables = {"fetching": [("", "measured", "judged"), *rows_of(found)]}
+    show(tables)
+    print(f"written to {write('fetch', 'A checkpoint of recipe 001: fetching it from the store', describe(), found, tables)}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import boto3
 import pytest
 
 from vrt.checkpoint.curator import Curator
@@ -67,14 +66,10 @@ HEALTHY = ("healthy", "healthy", "registered")
 
 
 @pytest.fixture
-def trained(make_workspace, local_services, monkeypatch, capsys, caplog) -> Trained:
+def trained(make_workspace, services, local_services, monkeypatch, capsys, caplog) -> Trained:
     workspace = make_workspace("desk")
     workspace.edit(checkpoints__keep_last=9)
     monkeypatch.chdir(workspace.root)
-    for key, value in workspace.environment.items():
-        monkeypatch.setenv(key, value)
-    # boto3 remembers the credentials of the environment it was first used in.
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     caplog.set_level("INFO")
     trained = Trained(workspace, local_services.home, capsys, caplog)
     for step in (4, 8, 12):

@@ -4,7 +4,6 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
-import boto3
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -51,13 +50,10 @@ class Project:
 
 
 @pytest.fixture
-def project(make_workspace: Callable, monkeypatch, caplog) -> Project:
+def project(make_workspace: Callable, services, monkeypatch, caplog) -> Project:
     workspace = make_workspace("start")
     workspace.edit(checkpoints__keep_last=9)
     monkeypatch.chdir(workspace.root)
-    for key, value in workspace.environment.items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     caplog.set_level("INFO", "vrt")
     threads = torch.get_num_threads()
     yield Project(workspace, caplog)
