@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vrt.checkpoint import claims
 from vrt.checkpoint import lease as module
-from vrt.checkpoint import registry as registry_module
 from vrt.checkpoint.claims import RunNotes, S3Notes
 from vrt.checkpoint.errors import LeaseLost, LockedError, StoreUnavailable
 from vrt.checkpoint.lease import Claim, Lease, Notes, is_gone, newest_claim, own_claim
@@ -268,7 +268,7 @@ def in_store(services, tmp_path: Path) -> S3Notes:
 
 @pytest.fixture
 def on_run(services, tmp_path: Path, monkeypatch) -> RunNotes:
-    monkeypatch.setattr(registry_module, "SECONDS_TO_SETTLE", 0.1)
+    monkeypatch.setattr(claims, "SECONDS_TO_SETTLE", 0.1)
     registry = MlflowRegistry(Lineage(f"{tmp_path.name}-{os.getpid()}", "0123456789abcdef", {"seed": 1}))
     registry.find_or_create({"seed": 1})
     return RunNotes(registry)

@@ -74,9 +74,11 @@ class S3:
 
     def get_paginator(self, operation: str) -> SimpleNamespace:
         self._answer()
-        return SimpleNamespace(
-            paginate=lambda Bucket, Prefix: [{"Contents": [{"Key": key, "LastModified": datetime.now(UTC)} for key in self.objects]}]
-        )
+
+        def paginate(Bucket: str, Prefix: str) -> list[dict]:  # noqa: N803
+            return [{"Contents": [{"Key": key, "LastModified": datetime.now(UTC)} for key in self.objects if key.startswith(Prefix)]}]
+
+        return SimpleNamespace(paginate=paginate)
 
     def delete_object(self, Bucket: str, Key: str) -> None:  # noqa: N803
         self._answer()

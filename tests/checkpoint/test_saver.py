@@ -205,3 +205,18 @@ def test_failures_one_after_another_stop_the_training_when_the_params_say_so(fol
 )
 def test_when_failing_saves_stop_a_training(failed: int, most: int, safe: int, stops: bool):
     assert (reason_to_stop(failed, most, safe) is not None) == stops
+
+
+def test_an_error_that_nobody_foresaw_is_told_once_and_does_not_keep_the_next_step_from_being_saved(folder, heard, save, monkeypatch):
+    saver = Saver(folder, heard)
+    write = folder._write
+
+    def no_memory(name, content):
+        raise MemoryError
+
+    monkeypatch.setattr(folder, "_write", no_memory)
+    with pytest.raises(MemoryError):
+        save(saver, 1)
+    monkeypatch.setattr(folder, "_write", write)
+    save(saver, 2)
+    assert heard.committed == [2]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
-from vrt.checkpoint.registry import HELD, LATEST_STEP, PINNED, Lineage, MlflowRegistry
+from vrt.checkpoint.registry import HELD, LATEST_STEP, PINNED, Lineage, MlflowRegistry, lease_address
 from vrt.observe import log
 
 
@@ -63,20 +63,26 @@ class Curator(MlflowRegistry):
             raise CheckpointError(f"{self.lineage.id} step {step} is not registered; `vrt checkpoints list` shows what is")
         return found
 
-    def forget(self) -> tuple[int, list[str]]:
-        """Remove a training that was only a drill: its registered model and its runs (which MLflow keeps in its trash).
+    def addresses(self) -> list[str]:
+        """Where the trainings of this name keep anything in the store: their artifacts, and the claims on them."""
+        with self.guarded() as client:
+            runs = client.search_runs([self._experiment(client)], filter_string=f"tags.`vrt.name` = '{self.lineage.name}'")
+        leases = {lease_address(run.info.artifact_uri, run.data.tags["vrt.lineage"]) for run in runs}
+        return [*(run.info.artifact_uri for run in runs), *sorted(leases)]
 
-        Returns how many versions went, and the artifact address of each run, where its objects still are. Repeating it does nothing.
+    def forget(self) -> tuple[int, int]:
+        """Remove the trainings of this name, which were only drills: their registered model and their runs (which MLflow keeps in its trash).
+
+        Returns how many versions and how many runs went. Clear their `addresses` before. Repeating it does nothing.
         """
         with self.guarded() as client:
             versions = len(client.search_model_versions(f"name = '{self.lineage.model}'", max_results=1000))
             if client.search_registered_models(filter_string=f"name = '{self.lineage.model}'"):
                 client.delete_registered_model(self.lineage.model)
-            mine = f"tags.`vrt.name` = '{self.lineage.name}'"
-            runs = client.search_runs([self._experiment(client)], filter_string=mine)
+            runs = client.search_runs([self._experiment(client)], filter_string=f"tags.`vrt.name` = '{self.lineage.name}'")
             for run in runs:
                 client.delete_run(run.info.run_id)
-        return versions, [run.info.artifact_uri for run in runs]
+        return versions, len(runs)
 
     def lineages(self) -> list[str]:
         """Every lineage the registry knows, the latest first."""

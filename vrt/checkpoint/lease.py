@@ -8,8 +8,9 @@ What this guarantees depends on where the claims are kept (`Notes`):
 - in a store that creates an object only where there is none (probed, not assumed), a token has one owner, for certain;
 - elsewhere on the run in the registry, by writing, waiting and reading back. Two that start in the same moment may both believe they own a
   token if one of them stalls for longer than the wait between looking and writing: the first to be overwritten finds out when it is next asked.
-In both, asking and then publishing are two steps: a trainer that freezes between them for a minute may still finish that one upload. It is
-the registry's digest per step that then keeps it from replacing what its successor registered.
+In both, asking and then publishing are two steps: a trainer that freezes between them for a minute may still finish that one upload. Where
+both compute the same bits it changes nothing. Where they don't, the registry's digest tells that the object is not the one registered; the
+successor's local copy restores it (`vrt checkpoints repair`).
 """
 
 import json

@@ -171,11 +171,10 @@ class Publisher:
             files, self._ahead = self._ahead, []
         if not files:
             return
-        self._check_fence()
-        # What is registered is never overwritten, not even by a training that goes the same way again.
-        registered = self._registry.registered()
         for step, file in files:
-            if step not in registered:
+            # What is registered is never overwritten, not even by a training that goes the same way again.
+            self._check_fence()
+            if step not in self._registry.registered():
                 try:
                     self._store.upload(step, file, self._folder.path)
                 except OSError as error:

@@ -100,7 +100,7 @@ class MlflowRegistry:
     @property
     def lease_address(self) -> str:
         """Where trainers claim the lineage, if the store can be trusted with that."""
-        return f"{self._artifacts}/lease"
+        return lease_address(self._artifacts, self.lineage.id)
 
     def attach(self) -> bool:
         """Find the run of the lineage, to read it or add to it, without starting an attempt. False: there is none."""
@@ -304,6 +304,11 @@ class MlflowRegistry:
             raise
         except requests.RequestException as error:
             raise StoreUnavailable(f"MLflow at {address} does not answer ({error}); see `vrt services status`") from error
+
+
+def lease_address(artifacts: str, lineage: str) -> str:
+    """Beside the runs (EXPERIMENT/RUN/artifacts), not in one: two trainers that start a lineage at once may make two runs of it."""
+    return f"{artifacts.rsplit('/', 2)[0]}/leases/{lineage}"
 
 
 def _registered(version) -> Registered:

@@ -111,4 +111,10 @@ def repair(folder: CheckpointFolder, lineage: str, candidate: Candidate, found: 
     if what in (Mend.PUBLISH, Mend.REGISTER):
         manifest = folder.manifest(candidate.step)
         registry.check(manifest)
-        registry.register(manifest, store.publish(manifest, folder.path), folder.path)
+        address = store.publish(manifest, folder.path)
+        if candidate.registered and candidate.registered.address != address:
+            raise CheckpointError(
+                f"step {candidate.step} is registered at {candidate.registered.address}, below another run than the lineage has now ({address}): "
+                "restore that run in MLflow (`mlflow runs restore`), delete the other one, and repair again"
+            )
+        registry.register(manifest, address, folder.path)

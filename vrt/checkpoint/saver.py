@@ -59,9 +59,9 @@ class Saver:
 
     def wait(self) -> None:
         """Wait until the snapshot being written, if there is one, is committed or has failed."""
-        if self._writing:
-            self._writing.result()
-            self._writing = None
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
 
     def _commit(self, started: float, step: int, tensors: dict[str, Any], blobs: dict[str, bytes], facts: dict[str, Any]) -> None:
         self._copy.wait()

@@ -103,18 +103,24 @@ class S3Store:
     def _listed(self) -> dict[int, dict[str, datetime]]:
         """When each object was written, by step and file name."""
         found: dict[int, dict[str, datetime]] = {}
-        with self.guarded(self._prefix) as client:
-            bucket, key = split(f"{self._prefix}/")
-            for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
-                for entry in page.get("Contents", []):
-                    folder, _, name = entry["Key"].removeprefix(key).partition("/")
-                    if folder.isdecimal() and name:
-                        found.setdefault(int(folder), {})[name] = entry["LastModified"]
+        _, above = split(f"{self._prefix}/")
+        for key, written in self._keys(f"{self._prefix}/").items():
+            folder, _, name = key.removeprefix(above).partition("/")
+            if folder.isdecimal() and name:
+                found.setdefault(int(folder), {})[name] = written
         return found
+
+    def _keys(self, below: str) -> dict[str, datetime]:
+        """When each object whose address begins with `below` was written, by key."""
+        with self.guarded(below) as client:
+            bucket, prefix = split(below)
+            pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+            return {entry["Key"]: entry["LastModified"] for page in pages for entry in page.get("Contents", [])}
 
     def fetch(self, address: str, file: FileEntry, path: Path) -> None:
         log.info("fetching %s/%s (%.1f MB)", address, file.name, file.size / 1e6)
-        self._read_twice_if_spoiled(address, file, lambda: self._download(address, file, path))
+        if not self._arrives(address, file, lambda: self._download(address, file, path)):
+            raise CheckpointError(f"{address}: {file.name} has other content than the manifest says (SHA-256 differs)")
 
     def _download(self, address: str, file: FileEntry, path: Path) -> str:
         """Write the object to `path`, a new file, and return the digest of what arrived; where that is not `file`'s, nothing is left."""
@@ -136,13 +142,12 @@ class S3Store:
             path.unlink()
         return digest.hexdigest()
 
-    def _read_twice_if_spoiled(self, address: str, file: FileEntry, read: Callable[[], str]) -> None:
-        """Raises CheckpointError where `read` returns other digests than `file`'s twice: once, a bit may have been lost on the way alone."""
+    def _arrives(self, address: str, file: FileEntry, read: Callable[[], str]) -> bool:
+        """Whether `read` returns `file`'s digest, at the second try at the latest: a bit may be lost on the way alone."""
         if read() == file.sha256:
-            return
+            return True
         log.warning("%s/%s: other bytes arrived than the manifest says; reading it once more", address, file.name)
-        if read() != file.sha256:
-            raise CheckpointError(f"{address}: {file.name} has other content than the manifest says (SHA-256 differs)")
+        return read() == file.sha256
 
     def problems(self, address: str, manifest: Manifest, advance: Callable[[int], None] = lambda size: None) -> list[str]:
         """What is wrong with a checkpoint's objects, each by name, after reading every byte. Empty: all are as the manifest says.
@@ -152,7 +157,8 @@ class S3Store:
         found = []
         for file in manifest.files:
             try:
-                self._read_twice_if_spoiled(address, file, lambda file=file: self._digest(address, file, advance))
+                if not self._arrives(address, file, lambda file=file: self._digest(address, file, advance)):
+                    found.append(f"{file.name} has other content than the manifest says (SHA-256 differs)")
             except CheckpointError as error:
                 found.append(str(error))
         return found
@@ -211,12 +217,11 @@ class S3Store:
 
     def delete(self, address: str) -> None:
         """Delete a step, its manifest first: where this is cut off, what is left is no checkpoint. Deleting what is gone does nothing."""
-        step = int(address.rsplit("/", 1)[1])
-        names = sorted(self._listed().get(step, {}), key=lambda name: name != manifest_name(step))
+        manifest = manifest_name(int(address.rsplit("/", 1)[1]))
         with self.guarded(address) as client:
-            bucket, key = split(address)
-            for name in names:
-                client.delete_object(Bucket=bucket, Key=f"{key}/{name}")
+            bucket, _ = split(address)
+            for key in sorted(self._keys(f"{address}/"), key=lambda key: not key.endswith(f"/{manifest}")):
+                client.delete_object(Bucket=bucket, Key=key)
 
     def sweep(self, older_than: timedelta) -> list[int]:
         """Delete what cut-off uploads and deletes left: objects of steps without a manifest, all of them older than that. Returns the steps.
@@ -235,14 +240,12 @@ class S3Store:
 
     def clear(self) -> int:
         """Delete every object below the prefix; returns how many there were."""
-        deleted = 0
+        keys = self._keys(f"{self._prefix}/")
         with self.guarded(self._prefix) as client:
-            bucket, key = split(self._prefix)
-            for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/"):
-                for entry in page.get("Contents", []):
-                    client.delete_object(Bucket=bucket, Key=entry["Key"])
-                    deleted += 1
-        return deleted
+            bucket, _ = split(self._prefix)
+            for key in keys:
+                client.delete_object(Bucket=bucket, Key=key)
+        return len(keys)
 
     def _sha256(self, client, bucket: str, key: str, size: int) -> str | None:
         """Digest of the object's bytes; None where there is no such object of that size, or not with the bytes that were sent."""

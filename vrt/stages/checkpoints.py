@@ -104,6 +104,8 @@ class Repaired:
 def repair_all(desk: Desk, chosen: Sequence[Candidate], dry_run: bool) -> list[Repaired]:
     """Verify and mend the steps, oldest first; what can't be mended is told and holds up no other."""
     done = []
+    if not dry_run:
+        desk.folder.prepare()
     for candidate, found in sorted(zip(chosen, verify_all(desk, chosen)), key=lambda pair: pair[1].step):
         what, failure = mend(found, desk.local_counts), ""
         if what is Mend.LOST or not dry_run:
@@ -158,7 +160,7 @@ def prune_steps(desk: Desk, going: Sequence[Candidate], dry_run: bool) -> list[V
     staying = [candidate for candidate in desk.known if candidate.registered and candidate not in going]
     if len(_damaged_above_the_newest_healthy(desk, staying)) == len(staying):
         for found in verify_all(desk, [candidate for candidate in going if candidate.registered]):
-            if State.HEALTHY in (found.local.state, found.store.state):
+            if found.store.state is State.HEALTHY:
                 raise CheckpointError(f"{desk.lineage}: step {found.step} is the last healthy one that is registered; nothing was deleted")
     if not dry_run:
         for candidate in going:
@@ -167,11 +169,11 @@ def prune_steps(desk: Desk, going: Sequence[Candidate], dry_run: bool) -> list[V
 
 
 def _damaged_above_the_newest_healthy(desk: Desk, registered: Sequence[Candidate]) -> set[int]:
-    """The steps, newest first, that are healthy on no side, up to the first that is."""
+    """The steps, newest first, that are not healthy in the store, up to the first that is: one disk alone is no place to keep a training."""
     damaged: set[int] = set()
     for candidate in registered:
         (found,) = verify_all(desk, [candidate])
-        if State.HEALTHY in (found.local.state, found.store.state):
+        if found.store.state is State.HEALTHY:
             break
         damaged.add(candidate.step)
     return damaged

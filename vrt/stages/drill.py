@@ -197,8 +197,8 @@ class Drilled:
 
     def start(self, kill: Kill | None, total_steps: int | None = None) -> None:
         if kill and kill.where in (Phase.DOWNLOAD, Phase.REPAIR):
-            if not self.trainee.checkpoints.steps():
-                # Before the first checkpoint, or killed at its download just before: first there must be something to lose.
+            if not self.trainee.checkpoints.steps() or not self.trainee.newest_registered():
+                # Before the first registration, or killed at its download just before: first there must be something to lose, and to fetch.
                 self.start(None, self.trainee.newest_registered() or self.trainee.every)
             self.trainee.lose_folder() if kill.where == Phase.DOWNLOAD else self.trainee.damage()
         total_steps = total_steps or (self.trainee.newest() // self.trainee.every + MOST_CHECKPOINTS) * self.trainee.every
@@ -245,12 +245,12 @@ def clean_up() -> None:
     """Remove every trace of this drill, and of earlier ones that were themselves killed: versions, runs, objects, folders."""
     for folder in sorted(SCRATCH.glob(f"{PREFIX}*")):
         registry = Curator(Lineage(folder.name, "", {}))
-        versions, addresses = registry.forget()
+        # The objects first, while the registry still says where they are, and the folder, by which the next drill knows of this one, last.
+        addresses = registry.addresses()
         objects = sum(S3Store(address).clear() for address in addresses)
+        versions, runs = registry.forget()
         shutil.rmtree(folder)
-        log.info(
-            "removed %s: %d registered versions, %d runs, %d objects in the store, and %s", folder.name, versions, len(addresses), objects, folder
-        )
+        log.info("removed %s: %d registered versions, %d runs, %d objects in the store, and %s", folder.name, versions, runs, objects, folder)
 
 
 @contextmanager

@@ -70,12 +70,11 @@ def resume(
     Raises CheckpointError where the policy can't be followed; the reasons are noted on the run, too.
     """
     lineage = registry.lineage.id
-    if policy.begins and registry.noted("began") == str(policy):
-        again = "to begin so again, start once with `vrt train --resume auto` in between"
-        log.info("%s: resume: %s was done by an earlier attempt; going on from the newest checkpoint (%s)", lineage, policy, again)
+    again = policy.begins and registry.noted("began") == str(policy)
+    if again:
+        way = "to begin so again, start once with `vrt train --resume auto` in between"
+        log.info("%s: resume: %s was done by an earlier attempt; going on from the newest checkpoint (%s)", lineage, policy, way)
         policy = AUTO
-    else:
-        note("began", str(policy) if policy.begins else "")
     registered = registry.registered()
     parts: list[Parts] = []
     manifest = newest_healthy(
@@ -90,6 +89,9 @@ def resume(
         hold=registry.hold,
         tell=lambda decision: _note(decision, note),
     )
+    if not again:
+        # Only now is it done: what was refused must be refused the next time, too.
+        note("began", str(policy) if policy.begins else "")
     if manifest is None:
         if policy.kind is Kind.FORK:
             _fork(state, policy, store, total_steps)
@@ -150,13 +152,19 @@ def _fork(state: TrainingState, policy: ResumePolicy, store: S3Store, total_step
     if not registered and not folder.steps():
         raise CheckpointError(f"resume: {policy}: {unknown_lineage(policy.lineage, parent)}")
     folder.prepare()
-    found: list[tuple[Parts, list[str]]] = []
+    found: list[tuple[Parts, list[str]] | CheckpointError] = []
 
     def load(manifest: Manifest) -> None:
-        found.append(read_what_fits(state, manifest, folder.path))
+        # What does not fit this network is sound all the same, and not ours to set aside.
+        try:
+            found.append(read_what_fits(state, manifest, folder.path))
+        except CheckpointError as error:
+            found.append(error)
 
     back = ResumePolicy(Kind.STEP, policy.step)
     newest_healthy(folder, policy.lineage, registered, store, max(registered, default=policy.step), policy=back, load=load, hold=parent.hold)
+    if isinstance(found[-1], CheckpointError):
+        raise found[-1]
     parts, left = found[-1]
     put(state, parts)
     log.info("forked %s: going on at step %d of %d", policy.parent, state.step + 1, total_steps)

@@ -119,6 +119,7 @@ def keeping(registry: Curator, lease: Lease, params: Params) -> Iterator[Keeper]
     store = S3Store(registry.checkpoints_address)
 
     def retain(manifest: Manifest) -> None:
+        lease.validate()
         prune(folder, store, registry, params.checkpoints, in_use={manifest.step})
 
     publisher = Publisher(folder, store, registry, fence=lease, registered=retain)
