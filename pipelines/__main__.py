@@ -1,18 +1,55 @@
-"""`python -m pipelines`: serve the deployments, so that `prefect deployment run train/vrt` works while this runs."""
+"""`python -m pipelines`: work for the deployments of prefect.yaml, so that `prefect deployment run train/vrt` works while this runs."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 
+import psutil
+
+from pipelines.process import PROJECT, SECONDS_TO_SAVE
 from vrt import services
 
+POOL = "vrt"
 
-def main() -> None:
+
+def main() -> int:
     os.environ.update(services.load_environment())
-    # Prefect reads its address when it is imported.
-    from pipelines.train import train
+    os.chdir(PROJECT)
+    _prefect("work-pool", "create", POOL, "--type", "process", "--overwrite")
+    _prefect("--no-prompt", "deploy", "--all")
+    # In a group of its own, because Ctrl-C on a terminal reaches all of a group.
+    worker = subprocess.Popen([sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"], process_group=0)
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: received.append(number))
+    while worker.poll() is None and not received:
+        time.sleep(0.2)
+    if received:
+        print(f"received {signal.Signals(received[0]).name}: every run saves what it has, and ends", flush=True)
+        end_runs(worker)
+    return worker.wait() if not received else 0
 
-    # One training at a time: a second run waits for the first.
-    train.serve(name="vrt", limit=1, print_starting_message=True)
+
+def end_runs(worker: subprocess.Popen) -> None:
+    """Let the worker take no more runs, and end those it has: by itself it would wait for them, and trainings take days."""
+    try:
+        runs = psutil.Process(worker.pid).children()
+    except psutil.NoSuchProcess:
+        return
+    worker.terminate()
+    for run in runs:
+        if run.is_running():
+            run.terminate()
+    psutil.wait_procs(runs, timeout=2 * SECONDS_TO_SAVE)
+    # It keeps nothing, and was seen to stay for ever once its runs were gone.
+    worker.kill()
+
+
+def _prefect(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "prefect", *arguments], check=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

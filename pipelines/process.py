@@ -2,13 +2,16 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from vrt import services
@@ -17,52 +20,108 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 # A trainer that is told to stop finishes its step, saves and publishes within this time.
 SECONDS_TO_SAVE = 60.0
+SECONDS_BETWEEN_LOOKS = 0.5
+LINES_KEPT = 10
+
+Logger = logging.Logger | logging.LoggerAdapter
 
 
 class CommandFailed(RuntimeError):
     """A command of the pipeline ended with another exit code than 0."""
 
 
-def run_in_project(command: Sequence[str], logger: logging.Logger | logging.LoggerAdapter) -> None:
-    """Run `python -m COMMAND` in the project as a process group of its own, each line of its output in `logger`.
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    command: str
+    code: int
+    """Its exit code, negative for a signal; of `dvc repro` that of the stage that failed."""
+    tail: tuple[str, ...]
+    """The last lines that it logged."""
+    answer: str = ""
+    """Its standard output, where that was asked for."""
+
+    def check(self) -> "Ended":
+        """Itself. Raises CommandFailed, with the last lines, where the command failed."""
+        if self.code != 0:
+            raise CommandFailed(f"`{self.command}` ended with exit code {self.code}; its last lines:\n" + "\n".join(self.tail))
+        return self
+
+
+def run(
+    command: Sequence[str],
+    logger: Logger,
+    folder: Path = PROJECT,
+    variables: Mapping[str, str] = {},  # noqa: B006
+    interruption: Callable[[], Exception | None] = lambda: None,
+    answers: bool = False,
+) -> Ended:
+    """Run `python -m COMMAND` in `folder` as a process group of its own, each line of its output in `logger`.
+
+    One that `answers` has its standard output kept apart, as its answer.
 
     Whatever interrupts this (a cancelled flow, Ctrl-C) stops the whole group first: with SIGTERM, so that a trainer saves.
-    Raises CommandFailed, with the last lines, where the command fails.
+    So does the exception that `interruption` gives once there is a reason: it is raised.
     """
-    environment = os.environ | services.load_environment() | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | services.load_environment() | {"PYTHONUNBUFFERED": "1", **variables}
     # DVC runs the stages with the first `python` on the path.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    logger.info("$ %s", " ".join(command))
+    said = " ".join(command)
+    logger.info("$ %s", said)
     child = subprocess.Popen(
         [sys.executable, "-m", *command],
-        cwd=PROJECT,
+        cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.PIPE if answers else subprocess.STDOUT,
         text=True,
         errors="replace",
         process_group=0,
     )
-    # A thread reads to the very end: a trainer that is told to stop has more to say, and must not block on a full pipe.
-    tail: deque[str] = deque(maxlen=10)
-    reader = threading.Thread(target=_forward, args=(child.stdout, logger, tail), daemon=True)
-    reader.start()
+    # Threads read to the very end: a trainer that is told to stop has more to say, and must not block on a full pipe.
+    tail: deque[str] = deque(maxlen=LINES_KEPT)
+    answer: list[str] = []
+    readers = [threading.Thread(target=_forward, args=(child.stderr or child.stdout, logger, tail), daemon=True)]
+    if answers:
+        readers.append(threading.Thread(target=answer.extend, args=(child.stdout,), daemon=True))
+    for reader in readers:
+        reader.start()
     try:
-        code = child.wait()
-    except BaseException:
-        logger.warning("stopping %s: it saves first", " ".join(command))
-        stop_group(child)
+        code = _wait(child, interruption)
+    except BaseException as reason:
+        try:
+            logger.warning("stopping %s (%s): it saves first", said, str(reason) or type(reason).__name__)
+        finally:
+            stop_group(child)
         raise
     finally:
-        reader.join()
-    if code != 0:
-        raise CommandFailed(f"`{' '.join(command)}` ended with exit code {code}; its last lines:\n" + "\n".join(tail))
+        for reader in readers:
+            reader.join()
+    return Ended(said, code_of_stage(tail) or code if code else 0, tuple(tail), "".join(answer))
 
 
-def _forward(lines: Iterable[str], logger: logging.Logger | logging.LoggerAdapter, tail: deque[str]) -> None:
+def _wait(child: subprocess.Popen, interruption: Callable[[], Exception | None]) -> int:
+    while True:
+        try:
+            return child.wait(SECONDS_BETWEEN_LOOKS)
+        except subprocess.TimeoutExpired:
+            if reason := interruption():
+                raise reason from None
+
+
+def code_of_stage(lines: Iterable[str]) -> int | None:
+    """The exit code of the stage that `dvc repro` says it failed for; its own tells nothing."""
+    found = [match for line in lines if (match := re.search(r"failed to reproduce .*exited with (-?\d+)", line))]
+    return int(found[-1][1]) if found else None
+
+
+def _forward(lines: Iterable[str], logger: Logger, tail: deque[str]) -> None:
     for line in filter(str.strip, lines):
-        logger.info("%s", line.rstrip())
         tail.append(line.rstrip())
+        # rich exits the program (here, this thread) when nobody reads its output any more; but the child's must be read.
+        with suppress(SystemExit):
+            logger.info("%s", line.rstrip())
 
 
 def stop_group(child: subprocess.Popen) -> None:

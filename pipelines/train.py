@@ -1,30 +1,155 @@
-"""The flow `train`: fetch what is missing, run the stages that are stale, keep the result in the remote."""
+"""The flow `train`: fetch what is missing, train through every interruption, evaluate, and keep the results in the remote."""
+
+import json
+import time
+from enum import StrEnum
+from typing import Annotated, Any
 
 from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Cancelled, Crashed, State
+from pydantic import Field
 
-from pipelines.process import run_in_project
+from pipelines.attempts import Attempt, End, decide, end_of, table
+from pipelines.exclusive import InUse, the_only_run_of
+from pipelines.process import run
+from pipelines.project import RECIPES, Project, make, plan
+from pipelines.summary import closing_page
+from pipelines.watch import LauncherGone, NotWanted, Watch, report
+
+Recipe = StrEnum("Recipe", {path.stem: path.stem for path in sorted(RECIPES.glob("*.yaml"))})
+RESUME = "VRT_RESUME"
 
 
-@task(name="pull data")
+class GivenUp(RuntimeError):
+    """The training can't be finished without a person; the message says why."""
+
+
+@task(name="pull data", cache_policy=NO_CACHE)
 def pull() -> None:
     # Only what people added themselves. `dvc pull` of everything would put the outputs of dvc.lock in place of newer ones.
-    run_in_project(["dvc", "pull", "--allow-missing", "--recursive", "data/raw"], get_run_logger())
+    run(["dvc", "pull", "--allow-missing", "--recursive", "data/raw"], get_run_logger()).check()
 
 
-@task(name="prepare, train, evaluate")
-def reproduce() -> None:
+@task(name="prepare data", cache_policy=NO_CACHE)
+def prepare(project: Project) -> None:
     # --pull: what another machine made already and nothing changed since is fetched, not made again.
-    run_in_project(["dvc", "repro", "--pull"], get_run_logger())
+    run(["dvc", "repro", "--pull", "prepare"], get_run_logger(), project.folder).check()
 
 
-@task(name="push data and models")
-def push() -> None:
-    run_in_project(["dvc", "push"], get_run_logger())
+@task(name="train", cache_policy=NO_CACHE)
+def train_to_the_end(project: Project, resume: str, retry_pause: float) -> list[Attempt]:
+    """Train, as often as it takes. Raises GivenUp where starting again would be in vain."""
+    logger = get_run_logger()
+    attempts: list[Attempt] = []
+    # A policy other than auto asks for something to be trained, whatever DVC believes to be up to date.
+    command = ["dvc", "repro", "--pull", "train"] if resume == "auto" else ["dvc", "repro", "--single-item", "--force", "train"]
+    while not attempts or attempts[-1].end is not End.DONE:
+        with Watch(project.status, logger) as watch:
+            started = time.time()
+            ended = run(command, logger, project.folder, {RESUME: resume}, watch.interruption)
+            attempts.append(Attempt(end_of(ended.code), ended.code, started, watch.status(), "\n".join(ended.tail)))
+            if attempts[-1].end is End.DONE:
+                break
+            verdict = decide(attempts, retry_pause)
+            if verdict.pause is None:
+                report(table(attempts), "attempts", "The attempts at this training", logger)
+                raise GivenUp(verdict.why)
+            logger.warning("attempt %d: %s; starting again in %.0f s", len(attempts), verdict.why, verdict.pause)
+            _pause(verdict.pause, watch)
+    return attempts
+
+
+def _pause(seconds: float, watch: Watch) -> None:
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        if reason := watch.interruption():
+            raise reason
+        time.sleep(0.2)
+
+
+@task(name="evaluate", cache_policy=NO_CACHE)
+def evaluate(project: Project) -> None:
+    run(["dvc", "repro", "--pull", "evaluate"], get_run_logger(), project.folder).check()
+
+
+@task(name="verify what is registered", cache_policy=NO_CACHE)
+def verify(project: Project) -> list[dict[str, Any]]:
+    """Read the newest checkpoint back from the store, byte by byte. Returns all checkpoints of the training."""
+    logger = get_run_logger()
+    checkpoints = json.loads(run(["vrt", "checkpoints", "list", "--json"], logger, project.folder, answers=True).check().answer)["checkpoints"]
+    newest = max(row["step"] for row in checkpoints if row["registered"])
+    run(["vrt", "checkpoints", "verify", str(newest)], logger, project.folder).check()
+    return checkpoints
+
+
+@task(name="push data and models", cache_policy=NO_CACHE)
+def push(project: Project) -> None:
+    run(["dvc", "push"], get_run_logger(), project.folder).check()
 
 
 @flow(name="train", log_prints=True)
-def train() -> None:
-    """Train VRT by the project's params.yaml; run again after any interruption, it goes on from the last registered step."""
+def train(
+    recipe: Annotated[Recipe | None, Field(description="One of recipes/, instead of the project's params.yaml")] = None,
+    overrides: Annotated[
+        dict[str, Any], Field(description='Other values of params, by dotted key, such as {"name": "wide", "train.total_steps": 400}')
+    ] = {},  # noqa: B006
+    resume: Annotated[
+        str,
+        Field(
+            pattern=r"^(auto|must|never|[0-9]+|fork [A-Za-z0-9][A-Za-z0-9._-]*@[0-9]+)$",
+            description="auto: go on from the newest registered step, else begin; must: go on or fail; never: begin anew; "
+            "a step to go back to; fork LINEAGE@STEP: branch off another training",
+        ),
+    ] = "auto",
+    retry_pause: Annotated[
+        float, Field(ge=0, le=300, description="Seconds before a training that crashed is started again; longer while it registers nothing new")
+    ] = 20.0,
+    dry_run: Annotated[bool, Field(description="Only say what would be done")] = False,
+) -> State | None:
+    """Train VRT by the project's params.yaml, or by a recipe and values of your own; run again after any interruption, it goes on.
+
+    With a recipe or overrides it trains in a workspace of its own below .vrt/workspaces/, and leaves the project's files alone.
+    """
+    logger = get_run_logger()
+    project = plan(recipe, overrides)
     pull()
-    reproduce()
-    push()
+    make(project)
+    if dry_run:
+        report(rehearsal(project, resume), "plan", "What this run would do", logger)
+        return None
+    try:
+        with the_only_run_of(project.key, logger):
+            prepare(project)
+            attempts = train_to_the_end(project, resume, retry_pause)
+            evaluate(project)
+            report(closing_page(project.folder, attempts, verify(project)), "result", "What came of the training", logger)
+            push(project)
+    except (InUse, NotWanted) as reason:
+        return Cancelled(message=str(reason))
+    except LauncherGone as reason:
+        return Crashed(message=str(reason))
+    return None
+
+
+def rehearsal(project: Project, resume: str) -> str:
+    """What a run would do, as a page in markdown. Trains nothing."""
+    logger = get_run_logger()
+    stale = run(["dvc", "status"], logger, project.folder, answers=True).check().answer
+    known = run(["vrt", "checkpoints", "list", "--json"], logger, project.folder, answers=True)
+    # Before its data are prepared a training has no lineage.
+    listed = json.loads(known.answer) if known.code == 0 else {"lineage": f"a new training {project.params.name}", "checkpoints": []}
+    registered = [row["step"] for row in listed["checkpoints"] if row["registered"]]
+    newest = f"step {max(registered)} is the newest registered" if registered else "nothing is registered yet"
+    return "\n".join(
+        [
+            f"**{listed['lineage']}**: {newest}. It would train up to step {project.params.train.total_steps} in `{project.folder}`, "
+            f"with resume policy `{resume}`.",
+            "",
+            "What DVC finds stale:",
+            "",
+            "```",
+            stale.strip(),
+            "```",
+        ]
+    )

@@ -12,13 +12,14 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 # Each part, by its longest matching name, and what it may import of ours: nothing else, besides itself.
 _MODEL_DATA_CHECKPOINT = {"vrt.model", "vrt.data", "vrt.checkpoint"}
-_GROUND = {"vrt.typed_yaml", "vrt.params", "vrt.observe", "vrt.lifecycle"}
+_GROUND = {"vrt.typed_yaml", "vrt.params", "vrt.observe", "vrt.lifecycle", "vrt.status"}
 _MIDDLE = {"vrt.training", "vrt.evaluation", "vrt.checkpoint.registry", "vrt.checkpoint.curator", "vrt.checkpoint.claims"}
 MAY_IMPORT: Mapping[str, set[str]] = {
     "vrt.typed_yaml": set(),
     "vrt.params": {"vrt.typed_yaml"},
     "vrt.observe": set(),
     "vrt.lifecycle": {"vrt.observe"},
+    "vrt.status": {"vrt.observe"},
     "vrt.model": _GROUND,
     "vrt.data": _GROUND,
     "vrt.checkpoint": _GROUND,
@@ -32,7 +33,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "vrt.cli": _GROUND | _MODEL_DATA_CHECKPOINT | _MIDDLE | {"vrt.services", "vrt.stages"},
     "vrt.__main__": {"vrt.cli"},
     "vrt": set(),
-    "pipelines": {"vrt.services"},
+    "pipelines": {"vrt.services", "vrt.params", "vrt.typed_yaml", "vrt.lifecycle", "vrt.status"},
 }
 # Where each foreign package may appear.
 ONLY_IN = {

@@ -5,12 +5,16 @@ import os
 import traceback
 from pathlib import Path
 
+from vrt.checkpoint.errors import StoreUnavailable
 from vrt.checkpoint.phases import Phase
-from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, launchers
+from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNAVAILABLE, launchers
+
+RESUME = "VRT_RESUME"
+"""What a launcher that can't change the command line says instead of --resume."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns 0 done, 1 failed, 2 bad input, 75 stopped early with everything saved: start it again."""
+    """Run one command. Returns an exit code of vrt.lifecycle."""
     launchers()
     args = parser().parse_args(argv)
     from vrt.observe import log, set_up_logging
@@ -27,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.error("interrupted; what was registered before is safe")
         return EXIT_INTERRUPTED
+    except StoreUnavailable as error:
+        log.error("%s", error)
+        return EXIT_UNAVAILABLE
     except (RuntimeError, FloatingPointError) as error:
         log.error("%s", error, exc_info=_is_ours_to_fix(error))
         return EXIT_FAILED
@@ -60,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "evaluate":
             command.add_argument("--weights", type=Path, help="a file of network weights, such as a published one, instead of the trained model")
         if name == "train":
-            told = "overrides checkpoints.resume: auto, must, never, a step to go back to, or 'fork LINEAGE@STEP'"
+            told = f"overrides checkpoints.resume (as ${RESUME} does): auto, must, never, a step to go back to, or 'fork LINEAGE@STEP'"
             command.add_argument("--resume", metavar="POLICY", help=told)
     recipes = commands.add_parser("recipes", help="list the recipes: the nine published trainings and the quickstart, and what each needs")
     recipes.add_argument("--json", action="store_true", help="as JSON, for programs")
@@ -98,7 +105,7 @@ def _train(args: argparse.Namespace) -> int:
     from vrt.stages.train import run_training
 
     _lead_to_services()
-    return run_training(args.params, args.resume)
+    return run_training(args.params, args.resume or os.environ.get(RESUME))
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -13,6 +13,8 @@ from vrt.observe import log
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_UNAVAILABLE = 69
+"""A service that is needed does not answer: try again later (EX_UNAVAILABLE of sysexits.h)."""
 EXIT_INTERRUPTED = 130
 EXIT_CONTINUE_ME = 75
 """Stopped early with everything saved: start it again and it goes on (75 is EX_TEMPFAIL of sysexits.h)."""

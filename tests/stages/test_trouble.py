@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_FAILED
+from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_UNAVAILABLE
 
 
 def test_broken_params_name_the_key_what_was_found_and_what_is_allowed(make_workspace):
@@ -32,7 +32,7 @@ def test_a_missing_data_set_says_how_to_make_it(make_workspace):
 def test_services_that_are_down_are_named_at_the_start(make_workspace):
     workspace = make_workspace("down")
     ended = workspace.run("vrt", "train", variables={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
-    assert ended.returncode == EXIT_FAILED
+    assert ended.returncode == EXIT_UNAVAILABLE
     assert "MLflow at http://127.0.0.1:9 does not answer" in ended.stdout
     assert "vrt services status" in ended.stdout
     assert "Traceback" not in ended.stdout

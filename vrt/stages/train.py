@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from vrt.params import Params, fingerprint, flatten, load_params, with_resume
 from vrt.stages import CHECKPOINTS, MODEL, PREPARED, REPORTS
 from vrt.stages.reports import write_training_report
 from vrt.stages.start import refuse_surprise, resume
+from vrt.status import STATUS, StatusFile, TrainingStatus
 from vrt.training.determinism import determinism
 from vrt.training.loop import TrainingState, Validation, train
 from vrt.training.session import EMA, NETWORK, SnapshotSink, build_state
@@ -51,6 +53,7 @@ class Keeper:
     registry: Curator
     publisher: Publisher
     saver: Saver
+    status: StatusFile
 
 
 def run_training(params_path: Path, resume_from: str | None = None) -> int:
@@ -58,6 +61,7 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
 
     Raises ValueError (params, data, checkpoints) or RuntimeError (lock, services), whose messages are for the user.
     """
+    started = time.time()
     params = load_params(params_path)
     if resume_from is not None:
         params = with_resume(params, resume_from)
@@ -76,12 +80,14 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
         if not lease.take(give_up=lambda: stop.reason is not None):
             return EXIT_CONTINUE_ME
         at_the_end.callback(lease.release)
-        with keeping(registry, lease, params) as keeper:
+        with keeping(registry, lease, params, started) as keeper:
             state = build_state(params, device)
+            at_the_end.enter_context(keeper.status.reporting(lambda: state.step))
             if resume(state, keeper.folder, keeper.store, keeper.registry, policy, params.train.total_steps, keeper.publisher.note):
                 catch_up(keeper, state)
             keeper.saver.safe_step = state.step
-            sink = SnapshotSink(keeper.saver, keeper.publisher, facts(lineage, keeper.registry))
+            keeper.status.update(resumed=state.step, step=state.step, training_since=time.time())
+            sink = SnapshotSink(keeper.saver, keeper.publisher, facts(lineage, keeper.registry), keeper.status.seen)
             with closing(training_batches(data, params, state.step + 1, params.train.total_steps)) as batches:
                 done = train(params, state, batches, sink, lambda network: validation(network, data, params), stop)
             keeper.saver.wait()
@@ -111,19 +117,24 @@ def lineage_of(params: Params, data: PreparedData) -> Lineage:
 
 
 @contextmanager
-def keeping(registry: Curator, lease: Lease, params: Params) -> Iterator[Keeper]:
+def keeping(registry: Curator, lease: Lease, params: Params, started: float) -> Iterator[Keeper]:
     """Begin an attempt and keep publishing while the block runs. If the block fails, what is committed is still published."""
     folder = CheckpointFolder(CHECKPOINTS / registry.lineage.id)
     folder.prepare()
     registry.begin_attempt(run_tags(registry.lineage))
     store = S3Store(registry.checkpoints_address)
+    newest = max(registry.registered(), default=0)
+    of_this_attempt = TrainingStatus(registry.lineage.id, registry.page, registry.attempt, started, params.train.total_steps, registered=newest)
+    status = StatusFile(STATUS, of_this_attempt)
+    status.write()
 
     def retain(manifest: Manifest) -> None:
+        status.registered(manifest.step)
         lease.validate()
         prune(folder, store, registry, params.checkpoints, in_use={manifest.step})
 
     publisher = Publisher(folder, store, registry, fence=lease, registered=retain)
-    keeper = Keeper(lease, folder, store, registry, publisher, Saver(folder, publisher, params.checkpoints.most_failed_saves))
+    keeper = Keeper(lease, folder, store, registry, publisher, Saver(folder, publisher, params.checkpoints.most_failed_saves), status)
     publisher.start()
     try:
         yield keeper

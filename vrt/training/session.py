@@ -1,6 +1,6 @@
 """Set-up of a training: build its state, restore it from a checkpoint, and hand its snapshots to the saver."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,8 +150,9 @@ def _name(manifest: Manifest, suffix: str) -> str:
 class SnapshotSink:
     """The loop's `Checkpoints`: names the parts of the state as KAIR does and hands them to saver and publisher."""
 
-    def __init__(self, saver: Saver, publisher: Publisher, facts: dict[str, Any]):
-        self._saver, self._publisher, self._facts = saver, publisher, facts
+    def __init__(self, saver: Saver, publisher: Publisher, facts: dict[str, Any], seen: Callable[[Row], None] = lambda row: None):
+        """`seen` is called with each step's metrics, too."""
+        self._saver, self._publisher, self._facts, self._seen = saver, publisher, facts, seen
         self._networks: dict[str, Aliases] = {}
         self._constants: list[torch.Tensor] = []
 
@@ -177,3 +178,4 @@ class SnapshotSink:
 
     def send(self, row: Row) -> None:
         self._publisher.send(row)
+        self._seen(row)

@@ -1,0 +1,43 @@
+"""Flow runs whose machine vanished are marked Crashed, so that they block no other: an automation in the Prefect server.
+
+A run beats as often as PREFECT_FLOWS_HEARTBEAT_FREQUENCY says (prefect.yaml sets it).
+"""
+
+from datetime import timedelta
+
+from prefect.automations import Automation
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import EventTrigger, Posture
+
+NAME = "vrt: runs without a heartbeat are crashed"
+SILENCE = timedelta(seconds=90)
+_ENDS = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+
+
+def ensure() -> None:
+    """Create the automation, unless the server has it."""
+    try:
+        Automation.read(name=NAME)
+    except ValueError:
+        automation().create()
+
+
+def automation() -> Automation:
+    beat = "prefect.flow-run.heartbeat"
+    trigger = EventTrigger(
+        after={beat},
+        expect={beat, *_ENDS},
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=SILENCE,
+    )
+    message = f"No heartbeat for {SILENCE.seconds} s: its machine is gone. The next run of train/vrt goes on from the last registered step."
+    return Automation(
+        name=NAME,
+        description="Written by the flow train/vrt.",
+        trigger=trigger,
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=message)],
+    )

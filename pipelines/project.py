@@ -1,0 +1,109 @@
+"""Where a flow run trains: in the project's own folder, or, with other params than the project's, in a workspace beside it."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configobj import ConfigObj
+from ruamel.yaml import YAML
+
+from pipelines.process import PROJECT
+from vrt.params import Params, fingerprint
+from vrt.status import STATUS
+from vrt.typed_yaml import ParamsError, parse, read_yaml
+
+RECIPES = PROJECT / "recipes"
+PARAMS = "params.yaml"
+RAW = Path("data/raw")
+# What a project's folder holds beside its sources, where there is no git to tell them apart.
+NO_SOURCES = {".git", ".venv", ".vrt", ".drill", "checkpoints", "model", "reports", "prepared", "raw", "cache", "tmp", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder to train in, and what its params file says (or, of a workspace not made yet, is to say)."""
+
+    folder: Path
+    params: Params
+
+    @property
+    def key(self) -> str:
+        """Tells trainings apart before their data are prepared: of one key, only one may run."""
+        return f"{self.params.name}-{fingerprint(self.params.identity())[:10]}"
+
+    @property
+    def status(self) -> Path:
+        return self.folder / STATUS
+
+
+def plan(recipe: str | None, overrides: Mapping[str, Any]) -> Project:
+    """Where to train with the project's params, or with a recipe and values (by dotted key) of one's own. Touches nothing.
+
+    Raises ParamsError, which lists every wrong key.
+    """
+    source = RECIPES / f"{recipe}.yaml" if recipe else PROJECT / PARAMS
+    tree = read_yaml(source)
+    for key, value in overrides.items():
+        _override(tree, key, value, source)
+    own = Project(PROJECT, parse(Params, tree, source))
+    if recipe is None and not overrides:
+        return own
+    # The same training with other steps or intervals goes on in the same workspace.
+    return Project(PROJECT / ".vrt" / "workspaces" / own.key, own.params)
+
+
+def _override(tree: Any, key: str, value: Any, source: Path) -> None:
+    *path, last = key.split(".")
+    section = tree
+    for part in path:
+        section = section.get(part) if isinstance(section, dict) else None
+    if not isinstance(section, dict):
+        raise ParamsError(f"overrides: {key}: there is no section {'.'.join(path)!r} in {source.name}; a key looks like train.total_steps")
+    section[last] = value
+
+
+def make(project: Project) -> None:
+    """Make the workspace of a project, or bring an older one up to date: code and stages as they are now, and the params.
+
+    Its checkpoints and results stay. Raw data and DVC's cache are the project's own.
+    """
+    if project.folder == PROJECT:
+        return
+    project.folder.mkdir(parents=True, exist_ok=True)
+    for path in sources():
+        copy = project.folder / path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(PROJECT / path, copy)
+    raw = project.folder / RAW
+    raw.parent.mkdir(exist_ok=True)
+    if not raw.is_symlink():
+        raw.symlink_to(PROJECT / RAW, target_is_directory=True)
+    config = ConfigObj(str(project.folder / ".dvc" / "config.local"), encoding="utf-8")
+    config.setdefault("cache", {})["dir"] = str(PROJECT / ".dvc" / "cache")
+    # It lies in a folder that git ignores, where DVC under git would track nothing.
+    config.setdefault("core", {})["no_scm"] = "true"
+    config.write()
+    with open(project.folder / PARAMS, "w", encoding="utf-8") as file:
+        YAML().dump(project.params.model_dump(mode="json"), file)
+
+
+def sources() -> list[Path]:
+    """The files of the project that a training needs, relative to it: what git tracks or would, and DVC's settings."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        said = subprocess.run(listing, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+        paths = [Path(name) for name in said.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        paths = [
+            (Path(folder) / name).relative_to(PROJECT)
+            for folder, _, names in os.walk(PROJECT)
+            if not NO_SOURCES & set(Path(folder).relative_to(PROJECT).parts)
+            for name in names
+        ]
+    settings = [Path(".dvc/config"), Path(".dvc/config.local")]
+    there = dict.fromkeys([*paths, *settings])
+    return [path for path in there if (PROJECT / path).is_file() and not path.is_relative_to(RAW) and path != Path(PARAMS)]

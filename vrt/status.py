@@ -1,0 +1,96 @@
+"""How a training stands, in one small file: whoever launched it reads there what no server needs to be asked for."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from vrt.observe import log
+
+SECONDS_BETWEEN_WRITES = 1.0
+STATUS = Path("checkpoints/status.json")
+"""Where a project keeps it: beside the checkpoints, so neither git nor DVC tracks it."""
+
+
+@dataclass(frozen=True)
+class TrainingStatus:
+    """What one attempt at a training last said of itself."""
+
+    lineage: str
+    page: str
+    """Where people browse its run."""
+    attempt: int
+    started: float
+    """Seconds since the epoch, as all times here."""
+    total_steps: int
+    resumed: int | None = None
+    """The step it goes on from, 0 for a fresh start; None until it trains."""
+    training_since: float | None = None
+    step: int = 0
+    """The newest step that was logged."""
+    registered: int = 0
+    """The newest registered step."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    error: str = ""
+    """Why it failed, as far as it could say so."""
+
+
+class StatusFile:
+    """Keeps the status of the training at hand in a file. A disk that refuses it stops no training."""
+
+    def __init__(self, path: Path, status: TrainingStatus):
+        self._path, self._status = path, status
+        self._written, self._refused = -math.inf, False
+
+    def update(self, **changes: object) -> None:
+        """Set fields of the status; frequent changes reach the file once a second."""
+        self._status = replace(self._status, **changes)
+        if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
+            self.write()
+
+    def seen(self, row: Mapping[str, float]) -> None:
+        """Take over the metrics of one step."""
+        metrics = {**self._status.metrics, **{key: value for key, value in row.items() if key != "step"}}
+        self.update(step=max(self._status.step, int(row["step"])), metrics=metrics)
+
+    def registered(self, step: int) -> None:
+        """Take over that a step was registered; at once, since whoever launched the training counts its progress by it."""
+        self._status = replace(self._status, registered=max(self._status.registered, step))
+        self.write()
+
+    def write(self) -> None:
+        self._written = time.monotonic()
+        unfinished = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        try:
+            unfinished.write_text(json.dumps(asdict(self._status), indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(self._path)
+        except OSError as error:
+            if not self._refused:
+                log.warning("%s: %s; the training goes on, but who launched it does not see how far it is", self._path, error.strerror)
+            self._refused = True
+
+    @contextmanager
+    def reporting(self, step: Callable[[], int]) -> Iterator[None]:
+        """Write the status at the end of the block, however it ends; `step` tells how far the training is."""
+        try:
+            yield
+        except BaseException as error:
+            self._status = replace(self._status, error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._status = replace(self._status, step=max(self._status.step, step()))
+            self.write()
+
+
+def read_status(path: Path, since: float) -> TrainingStatus | None:
+    """What the attempt that started at or after `since` says; None: nothing yet."""
+    try:
+        status = TrainingStatus(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        # Another version may have written it, and a disk that is full may have cut it: it only informs.
+        return None
+    return status if status.started >= since else None
