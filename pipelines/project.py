@@ -1,8 +1,6 @@
 """Where a flow run trains: in the project's own folder, or, with other params than the project's, in a workspace beside it."""
 
-import os
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,8 @@ from vrt.typed_yaml import ParamsError, parse, read_yaml
 RECIPES = PROJECT / "recipes"
 PARAMS = "params.yaml"
 RAW = Path("data/raw")
-# What a project's folder holds beside its sources, where there is no git to tell them apart.
-NO_SOURCES = {".git", ".venv", ".vrt", ".drill", "checkpoints", "model", "reports", "prepared", "raw", "cache", "tmp", "__pycache__"}
+# What the stages of dvc.yaml need. Not dvc.lock: a workspace has its own.
+SOURCES = ("vrt", "recipes", "dvc.yaml", ".dvcignore", ".dvc/config", ".dvc/config.local")
 
 
 @dataclass(frozen=True)
@@ -74,10 +72,13 @@ def make(project: Project) -> None:
     if project.folder == PROJECT:
         return
     project.folder.mkdir(parents=True, exist_ok=True)
-    for path in sources():
-        copy = project.folder / path
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(PROJECT / path, copy)
+    for name in SOURCES:
+        source, copy = PROJECT / name, project.folder / name
+        copy.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy2(source, copy)
     raw = project.folder / RAW
     raw.parent.mkdir(exist_ok=True)
     if not raw.is_symlink():
@@ -89,21 +90,3 @@ def make(project: Project) -> None:
     config.write()
     with open(project.folder / PARAMS, "w", encoding="utf-8") as file:
         YAML().dump(project.params.model_dump(mode="json"), file)
-
-
-def sources() -> list[Path]:
-    """The files of the project that a training needs, relative to it: what git tracks or would, and DVC's settings."""
-    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    try:
-        said = subprocess.run(listing, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
-        paths = [Path(name) for name in said.split("\0") if name]
-    except (OSError, subprocess.CalledProcessError):
-        paths = [
-            (Path(folder) / name).relative_to(PROJECT)
-            for folder, _, names in os.walk(PROJECT)
-            if not NO_SOURCES & set(Path(folder).relative_to(PROJECT).parts)
-            for name in names
-        ]
-    settings = [Path(".dvc/config"), Path(".dvc/config.local")]
-    there = dict.fromkeys([*paths, *settings])
-    return [path for path in there if (PROJECT / path).is_file() and not path.is_relative_to(RAW) and path != Path(PARAMS)]

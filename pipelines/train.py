@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Cancelled, Crashed, State
 from pydantic import Field
 
-from pipelines.attempts import Attempt, End, decide, end_of, table
+from pipelines.attempts import LONGEST_PAUSE, Attempt, End, decide, end_of, table
 from pipelines.exclusive import InUse, the_only_run_of
 from pipelines.process import run
 from pipelines.project import RECIPES, Project, make, plan
@@ -19,6 +19,7 @@ from pipelines.watch import LauncherGone, NotWanted, Watch, report
 
 Recipe = StrEnum("Recipe", {path.stem: path.stem for path in sorted(RECIPES.glob("*.yaml"))})
 RESUME = "VRT_RESUME"
+RESUME_POLICY = r"^(auto|must|never|[0-9]+|fork [A-Za-z0-9][A-Za-z0-9._-]*@[0-9]+)$"
 
 
 class GivenUp(RuntimeError):
@@ -90,26 +91,23 @@ def push(project: Project) -> None:
 
 @flow(name="train", log_prints=True)
 def train(
-    recipe: Annotated[Recipe | None, Field(description="One of recipes/, instead of the project's params.yaml")] = None,
-    overrides: Annotated[
-        dict[str, Any], Field(description='Other values of params, by dotted key, such as {"name": "wide", "train.total_steps": 400}')
-    ] = {},  # noqa: B006
-    resume: Annotated[
-        str,
-        Field(
-            pattern=r"^(auto|must|never|[0-9]+|fork [A-Za-z0-9][A-Za-z0-9._-]*@[0-9]+)$",
-            description="auto: go on from the newest registered step, else begin; must: go on or fail; never: begin anew; "
-            "a step to go back to; fork LINEAGE@STEP: branch off another training",
-        ),
-    ] = "auto",
-    retry_pause: Annotated[
-        float, Field(ge=0, le=300, description="Seconds before a training that crashed is started again; longer while it registers nothing new")
-    ] = 20.0,
-    dry_run: Annotated[bool, Field(description="Only say what would be done")] = False,
+    recipe: Recipe | None = None,
+    overrides: dict[str, Any] = {},  # noqa: B006
+    resume: Annotated[str, Field(pattern=RESUME_POLICY)] = "auto",
+    retry_pause: Annotated[float, Field(ge=0, le=LONGEST_PAUSE)] = 20.0,
+    dry_run: bool = False,
 ) -> State | None:
     """Train VRT by the project's params.yaml, or by a recipe and values of your own; run again after any interruption, it goes on.
 
     With a recipe or overrides it trains in a workspace of its own below .vrt/workspaces/, and leaves the project's files alone.
+
+    Args:
+        recipe: One of recipes/, instead of the project's params.yaml.
+        overrides: Other values of params, by dotted key, such as {"name": "wide", "train.total_steps": 400}.
+        resume: auto (go on from the newest registered step, else begin), must (go on, or fail), never (begin anew),
+            a step to go back to, or "fork LINEAGE@STEP" (branch off another training).
+        retry_pause: Seconds before a training that crashed is started again; they grow while it registers nothing new.
+        dry_run: Only say what would be done.
     """
     logger = get_run_logger()
     project = plan(recipe, overrides)

@@ -189,17 +189,16 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def make_workspace(tmp_path: Path, local_services: "LocalServices", tiny_data: Path) -> Callable[[str], Workspace]:
+@pytest.fixture(scope="session")
+def make_workspace(tmp_path_factory: pytest.TempPathFactory, local_services: "LocalServices", tiny_data: Path) -> Callable[[str], Workspace]:
     """Makes workspaces against the session's services. Names are unique in the session, since a lineage is found by its name."""
 
     def make(name: str) -> Workspace:
-        root = tmp_path / name
-        root.mkdir()
-        for path in ("vrt", "pipelines"):
+        root = tmp_path_factory.mktemp(name)
+        for path in ("vrt", "pipelines", "recipes"):
             shutil.copytree(REPOSITORY / path, root / path, ignore=shutil.ignore_patterns("__pycache__"))
         (root / ".dvc").mkdir()
-        for path in ("dvc.yaml", ".dvcignore", ".dvc/config"):
+        for path in ("dvc.yaml", "prefect.yaml", ".dvcignore", ".gitignore", ".dvc/config"):
             shutil.copy2(REPOSITORY / path, root / path)
         shutil.copytree(tiny_data, root / "data")
         shutil.copy2(REPOSITORY / "recipes/quickstart.yaml", root / "params.yaml")
@@ -211,6 +210,15 @@ def make_workspace(tmp_path: Path, local_services: "LocalServices", tiny_data: P
         return workspace
 
     return make
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(make_workspace: Callable[[str], Workspace]) -> Workspace:
+    """The workspace of a training that nobody disturbed, for the others to be compared with."""
+    workspace = make_workspace("uninterrupted")
+    ended = workspace.run("vrt", "train")
+    assert ended.returncode == 0, ended.stdout
+    return workspace
 
 
 def write_images(folder: Path, name: str, count: int, size: tuple[int, int], seed: int) -> None:

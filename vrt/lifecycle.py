@@ -13,6 +13,8 @@ from vrt.observe import log
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_NOT_BETTER = 3
+"""`vrt promote` left the champion where it is."""
 EXIT_UNAVAILABLE = 69
 """A service that is needed does not answer: try again later (EX_UNAVAILABLE of sysexits.h)."""
 EXIT_INTERRUPTED = 130

@@ -1,9 +1,8 @@
 """How a training stands, in one small file: whoever launched it reads there what no server needs to be asked for."""
 
 import json
-import math
 import os
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +10,6 @@ from pathlib import Path
 
 from vrt.observe import log
 
-SECONDS_BETWEEN_WRITES = 1.0
 STATUS = Path("checkpoints/status.json")
 """Where a project keeps it: beside the checkpoints, so neither git nor DVC tracks it."""
 
@@ -43,27 +41,29 @@ class StatusFile:
     """Keeps the status of the training at hand in a file. A disk that refuses it stops no training."""
 
     def __init__(self, path: Path, status: TrainingStatus):
-        self._path, self._status = path, status
-        self._written, self._refused = -math.inf, False
+        self._path, self._status, self._refused = path, status, False
+        # The thread that publishes tells what is registered, the one that trains the rest.
+        self._lock = threading.RLock()
+        self._write()
 
     def update(self, **changes: object) -> None:
-        """Set fields of the status; frequent changes reach the file once a second."""
-        self._status = replace(self._status, **changes)
-        if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
-            self.write()
+        """Set fields of the status, in the file too: that takes a tenth of a millisecond, and a kill may come at any time."""
+        with self._lock:
+            self._status = replace(self._status, **changes)
+            self._write()
 
     def seen(self, row: Mapping[str, float]) -> None:
         """Take over the metrics of one step."""
-        metrics = {**self._status.metrics, **{key: value for key, value in row.items() if key != "step"}}
-        self.update(step=max(self._status.step, int(row["step"])), metrics=metrics)
+        with self._lock:
+            metrics = {**self._status.metrics, **{key: value for key, value in row.items() if key != "step"}}
+            self.update(step=max(self._status.step, int(row["step"])), metrics=metrics)
 
     def registered(self, step: int) -> None:
-        """Take over that a step was registered; at once, since whoever launched the training counts its progress by it."""
-        self._status = replace(self._status, registered=max(self._status.registered, step))
-        self.write()
+        """Take over that a step was registered."""
+        with self._lock:
+            self.update(registered=max(self._status.registered, step))
 
-    def write(self) -> None:
-        self._written = time.monotonic()
+    def _write(self) -> None:
         unfinished = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             unfinished.write_text(json.dumps(asdict(self._status), indent=1) + "\n", encoding="utf-8")
@@ -75,15 +75,14 @@ class StatusFile:
 
     @contextmanager
     def reporting(self, step: Callable[[], int]) -> Iterator[None]:
-        """Write the status at the end of the block, however it ends; `step` tells how far the training is."""
+        """At the end of the block, however it ends, say how far the training is (`step`), and why it failed if it did."""
         try:
             yield
         except BaseException as error:
-            self._status = replace(self._status, error=f"{type(error).__name__}: {error}")
+            self.update(error=f"{type(error).__name__}: {error}")
             raise
         finally:
-            self._status = replace(self._status, step=max(self._status.step, step()))
-            self.write()
+            self.update(step=max(self._status.step, step()))
 
 
 def read_status(path: Path, since: float) -> TrainingStatus | None:

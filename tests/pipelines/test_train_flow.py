@@ -1,60 +1,43 @@
-"""`prefect deployment run train/vrt` against a real Prefect server, as a user has it."""
+"""`prefect deployment run train/vrt` against a real Prefect server, as a user has it: what it does by itself, and what nothing can take from it."""
 
 import re
-import subprocess
-import sys
-import time
 
 import psutil
-import pytest
+
+from tests.same_training import assert_same_training
+
+ENDLESS = {"train.total_steps": 100_000}
 
 
-def prefect(workspace, *arguments: str) -> str:
-    """Run the prefect command line as a user does in the project folder, with the address from the project's own prefect.toml."""
-    environment = {key: value for key, value in workspace.environment.items() if key != "PREFECT_API_URL"}
-    command = [sys.executable, "-m", "prefect", *arguments]
-    return subprocess.run(command, cwd=workspace.root, env=environment, stdout=subprocess.PIPE, text=True, timeout=240, check=True).stdout
+def in_workspace(worker, name: str):
+    """The folder that the flow trains in, for a training of that name."""
+    (folder,) = (worker.workspace.root / ".vrt" / "workspaces").glob(f"{name}-*")
+    return folder
 
 
-def settled(workspace, run: str) -> str:
-    """What Prefect says of a run once it is not being cancelled any more."""
-    for _ in range(60):
-        said = prefect(workspace, "flow-run", "inspect", run)
-        if "StateType.CANCELLING" not in said:
-            return said
-        time.sleep(0.5)
-    return said
+def test_crashed_and_preempted_a_run_completes_as_if_nothing_had_happened(work, uninterrupted):
+    worker = work("flow")
+    workspace = worker.workspace
 
+    run = worker.start("train/vrt", {"VRT_KILL_AT": "step:14"}, retry_pause=0)
+    worker.wait_for("continuing after step")
+    worker.wait_for("checkpoint 16 registered")
+    (trainer,) = worker.trainers()
+    trainer.terminate()
 
-def kill_tree(server: subprocess.Popen) -> None:
-    for process in psutil.Process(server.pid).children(recursive=True):
-        process.kill()
-    server.kill()
-    server.wait()
-
-
-@pytest.fixture
-def served(make_workspace):
-    """A workspace whose deployment is served, and the process that serves it."""
-    workspace = make_workspace("flow")
-    workspace.edit(train__total_steps=4)
-    server = workspace.start("pipelines")
-    try:
-        workspace.wait_for("is being served", server)
-        yield workspace, psutil.Process(server.pid)
-    finally:
-        kill_tree(server)
-
-
-def test_the_deployment_trains_to_completed_and_a_second_repro_does_nothing(served):
-    workspace, _ = served
-    said = prefect(workspace, "deployment", "run", "train/vrt", "--watch")
-    assert "Completed" in said, workspace.log.read_text()
+    found = worker.settled(run)
     log = workspace.log.read_text()
-    assert "checkpoint 4 registered" in log, "the stages' output belongs in the flow's log"
+    assert found.state_name == "Completed", log
+    assert_same_training(uninterrupted, workspace)
+    shown = worker.artifacts(run)
+    attempts = [line.split(" | ") for line in shown["result"].splitlines() if re.match(r"\| \d \| ", line)]
+    assert [attempt[1] for attempt in attempts] == ["crashed: killed by SIGKILL", "preempted", "done"]
+    assert [attempt[5] for attempt in attempts] == ["1", "0", "0"], "13 was seen done, 12 is registered"
+    assert shown["training"] == 100.0
+    assert "/runs/" in shown["mlflow-run"] and "/runs/" in shown["result"]
+    assert re.search(r"\| 24 \| \d+\.\d\d dB \| \d+\.\d MB \| yes \|", shown["result"]), shown["result"]
+    assert "checkpoint 24 registered" in worker.prefect("flow-run", "logs", run), "the stages' output belongs in the flow's log"
     assert re.search(r"\d+ files? pushed", log), log
-    run = re.search(r"UUID: (\S+)", said)[1]
-    assert "checkpoint 4 registered" in prefect(workspace, "flow-run", "logs", run)
 
     again = workspace.run("dvc", "repro")
 
@@ -62,20 +45,41 @@ def test_the_deployment_trains_to_completed_and_a_second_repro_does_nothing(serv
     assert "Data and pipelines are up to date" in again.stdout
 
 
-def test_a_cancelled_flow_saves_the_training_and_leaves_no_process(served):
-    workspace, server = served
-    workspace.edit(train__total_steps=100_000)
-    said = prefect(workspace, "deployment", "run", "train/vrt")
-    run = re.search(r"UUID: (\S+)", said)[1]
-    workspace.wait_for("checkpoint 4 registered", server)
-    trainers = [process for process in server.children(recursive=True) if "vrt" in process.cmdline()]
+def test_what_goes_wrong_again_and_again_fails_and_what_is_not_wanted_saves_and_ends(work):
+    worker = work("ends")
+
+    crashing = worker.start("train/vrt", {"VRT_KILL_AT": "write:1"}, overrides={"name": "crashing"}, retry_pause=0)
+    found = worker.settled(crashing)
+    assert found.state_name == "Failed"
+    assert "crashed 3 times at step 1 with no step registered in between; step 0 is the newest registered" in found.state.message
+    assert "The last error: killed by SIGKILL" in found.state.message
+    assert worker.artifacts(crashing)["attempts"].count("killed by SIGKILL") == 3
+
+    refused = worker.start("train/vrt", overrides={"name": "refused"}, resume="must")
+    found = worker.settled(refused)
+    assert found.state_name == "Failed" and "can't be started as it is" in found.state.message
+    assert "attempt 1" not in worker.workspace.log.read_text(), "it is not tried again"
+
+    cancelled = worker.start("train/vrt", overrides=ENDLESS | {"name": "cancelled"})
+    worker.wait_for("checkpoint 4 registered")
+    trainers = worker.trainers()
     assert trainers
+    worker.prefect("flow-run", "cancel", cancelled)
+    assert worker.settled(cancelled).state_name == "Cancelled"
+    assert_saved_and_gone(worker, trainers)
 
-    prefect(workspace, "flow-run", "cancel", run)
+    stopped = worker.start("train/vrt", overrides=ENDLESS | {"name": "stopped"})
+    worker.wait_for("checkpoint 4 registered")
+    everything = worker.process.children(recursive=True)
+    worker.process.terminate()
+    assert_saved_and_gone(worker, everything)
+    assert worker.process.wait(60) == 0
+    assert worker.look(stopped).state_name == "Crashed"
 
-    _, alive = psutil.wait_procs(trainers, timeout=60)
+
+def assert_saved_and_gone(worker, processes) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=90)
     assert not alive
-    said = workspace.log.read_text()
+    said = worker.workspace.log.read_text()
     step = re.search(r"stopping after step (\d+): received SIGTERM", said)[1]
     assert f"checkpoint {step} registered" in said
-    assert "StateType.CANCELLED" in settled(workspace, run)

@@ -10,60 +10,8 @@ import sys
 import time
 
 import psutil
-import pytest
-import torch
-from mlflow import MlflowClient
 
-DETERMINISTIC = ("train/loss", "train/lr", "val/psnr", "val/ssim")
-
-
-def lineage_folder(workspace):
-    (folder,) = (path for path in (workspace.root / "checkpoints").iterdir() if path.is_dir())
-    return folder
-
-
-def metric_points(workspace) -> dict[str, list[tuple[int, float]]]:
-    """Every point MLflow has, as logged: duplicates show."""
-    client = MlflowClient(workspace.environment["MLFLOW_TRACKING_URI"])
-    lineage = lineage_folder(workspace).name
-    experiment = client.get_experiment_by_name("vrt")
-    (run,) = client.search_runs([experiment.experiment_id], f"tags.`vrt.lineage` = '{lineage}'")
-    return {key: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)] for key in DETERMINISTIC}
-
-
-def assert_same_bits(one, other) -> None:
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert list(one) == list(other)
-        for key in one:
-            assert_same_bits(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other):
-            assert_same_bits(a, b)
-    else:
-        assert one == other
-
-
-def assert_same_training(one, other) -> None:
-    """The last checkpoints and the metrics history of two workspaces are bit-identical."""
-    for name in ("24_G.pth", "24_E.pth", "24_optimizerG.pth"):
-        first, second = (torch.load(lineage_folder(workspace) / name, weights_only=True) for workspace in (one, other))
-        assert_same_bits(first, second)
-    histories = [(lineage_folder(workspace) / "24_history.jsonl").read_bytes() for workspace in (one, other)]
-    assert histories[0] == histories[1]
-    assert metric_points(one) == metric_points(other)
-    assert [step for step, _ in metric_points(one)["train/loss"]] == list(range(1, 25))
-
-
-@pytest.fixture
-def uninterrupted(make_workspace):
-    workspace = make_workspace("uninterrupted")
-    ended = workspace.run("vrt", "train")
-    assert ended.returncode == 0, ended.stdout
-    return workspace
+from tests.same_training import assert_same_training
 
 
 def test_killed_and_moved_to_an_empty_machine_the_training_ends_bit_identically(make_workspace, uninterrupted):

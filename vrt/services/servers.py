@@ -135,9 +135,15 @@ def _mlflow(folder: Path, state: State, environ: dict[str, str]) -> Server:
 
 def _prefect(folder: Path, state: State, environ: dict[str, str]) -> Server:
     data = folder / "prefect"
-    command = (sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(state.ports["prefect"]))
-    storage = {"PREFECT_HOME": str(data), "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{data / 'prefect.db'}"}
-    return Server("prefect", state.ports["prefect"], data, _log(folder, "prefect"), command, environ | storage, health="/api/health", healthy=200)
+    port = state.ports["prefect"]
+    command = (sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port))
+    settings = {
+        "PREFECT_HOME": str(data),
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{data / 'prefect.db'}",
+        # Else its pages ask port 4200, wherever they come from.
+        "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
+    }
+    return Server("prefect", port, data, _log(folder, "prefect"), command, environ | settings, health="/api/health", healthy=200)
 
 
 def _log(folder: Path, name: str) -> Path:

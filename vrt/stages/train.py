@@ -126,7 +126,6 @@ def keeping(registry: Curator, lease: Lease, params: Params, started: float) -> 
     newest = max(registry.registered(), default=0)
     of_this_attempt = TrainingStatus(registry.lineage.id, registry.page, registry.attempt, started, params.train.total_steps, registered=newest)
     status = StatusFile(STATUS, of_this_attempt)
-    status.write()
 
     def retain(manifest: Manifest) -> None:
         status.registered(manifest.step)

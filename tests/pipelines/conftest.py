@@ -1,0 +1,92 @@
+"""A worker for the deployments of a workspace, as `make serve` starts it."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+SECONDS_A_RUN_MAY_TAKE = 300
+
+
+@dataclass
+class Worker:
+    """`python -m pipelines` at work in a workspace; the workspace's log has its output."""
+
+    workspace: Any
+    process: psutil.Process
+
+    def prefect(self, *arguments: str) -> str:
+        """Run the prefect command line as a user does in the project folder, with the address from the project's own prefect.toml."""
+        environment = {key: value for key, value in self.workspace.environment.items() if key != "PREFECT_API_URL"}
+        command = [sys.executable, "-m", "prefect", *arguments]
+        ended = subprocess.run(command, check=True, cwd=self.workspace.root, env=environment, stdout=subprocess.PIPE, text=True)
+        return ended.stdout
+
+    def start(self, deployment: str, environment: Mapping[str, str] = {}, **parameters: Any) -> str:  # noqa: B006
+        """Start a run of a deployment, its processes with these variables; returns its id."""
+        self.workspace.log.write_text("")
+        variables = ["--job-variable", f"env={json.dumps(environment)}"] if environment else []
+        given = [part for key, value in parameters.items() for part in ("--param", f"{key}={json.dumps(value)}")]
+        return re.search(r"UUID: (\S+)", self.prefect("deployment", "run", deployment, *variables, *given))[1]
+
+    def look(self, run: str) -> FlowRun:
+        with temporary_settings({PREFECT_API_URL: self.workspace.environment["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+            return client.read_flow_run(run)
+
+    def settled(self, run: str) -> FlowRun:
+        """The run, once it is in a state that it stays in."""
+        for _ in range(SECONDS_A_RUN_MAY_TAKE):
+            found = self.look(run)
+            if found.state.is_final():
+                return found
+            time.sleep(1)
+        raise AssertionError(f"still {found.state_name}:\n{self.workspace.log.read_text()}")
+
+    def artifacts(self, run: str) -> dict[str, str]:
+        """What the run shows in Prefect, by key."""
+        with temporary_settings({PREFECT_API_URL: self.workspace.environment["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+            of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
+            return {artifact.key: artifact.data for artifact in client.read_artifacts(artifact_filter=of_run)}
+
+    def wait_for(self, text: str) -> None:
+        self.workspace.wait_for(text, self.process)
+
+    def trainers(self) -> list[psutil.Process]:
+        """The processes below it that train."""
+        return [child for child in self.process.children(recursive=True) if child.cmdline()[-3:] == ["-m", "vrt", "train"]]
+
+
+@pytest.fixture
+def work(make_workspace) -> Iterator[Callable[[str], Worker]]:
+    """Starts a worker in a workspace of that name."""
+    started: list[subprocess.Popen] = []
+
+    def start(name: str) -> Worker:
+        workspace = make_workspace(name)
+        process = workspace.start("pipelines", start_new_session=True)
+        started.append(process)
+        workspace.wait_for("started!", process)
+        return Worker(workspace, psutil.Process(process.pid))
+
+    yield start
+    for process in started:
+        kill_tree(process)
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+    process.wait()
