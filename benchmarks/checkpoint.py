@@ -24,9 +24,10 @@ from benchmarks.machine import describe
 from benchmarks.report import ROOT, show, write
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.publisher import Publisher
-from vrt.checkpoint.registry import Lineage, MlflowRegistry
+from vrt.checkpoint.registry import MlflowRegistry
 from vrt.checkpoint.saver import Saver
 from vrt.checkpoint.store import S3Store
+from vrt.checkpoint.tracking import Lineage
 from vrt.model.network import VRT
 from vrt.params import load_params
 from vrt.training.ema import copy_for_ema

@@ -52,6 +52,9 @@ def train_to_the_end(project: Project, resume: str, retry_pause: float) -> list[
             attempts.append(Attempt(end_of(ended.code), ended.code, started, watch.status(), "\n".join(ended.tail)))
             if attempts[-1].end is End.DONE:
                 break
+            if attempts[-1].code < 0:
+                # It could not say so itself.
+                run(["vrt", "checkpoints", "settle"], logger, project.folder)
             verdict = decide(attempts, retry_pause)
             if verdict.pause is None:
                 report(table(attempts), "attempts", "The attempts at this training", logger)

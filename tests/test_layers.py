@@ -13,7 +13,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 # Each part, by its longest matching name, and what it may import of ours: nothing else, besides itself.
 _MODEL_DATA_CHECKPOINT = {"vrt.model", "vrt.data", "vrt.checkpoint"}
 _GROUND = {"vrt.typed_yaml", "vrt.params", "vrt.observe", "vrt.lifecycle", "vrt.status"}
-_MIDDLE = {"vrt.training", "vrt.evaluation", "vrt.checkpoint.registry", "vrt.checkpoint.curator", "vrt.checkpoint.claims"}
+_MLFLOW = {"vrt.checkpoint.tracking", "vrt.checkpoint.registry"}
+_MIDDLE = {"vrt.training", "vrt.evaluation", *_MLFLOW, "vrt.checkpoint.curator", "vrt.checkpoint.claims"}
 MAY_IMPORT: Mapping[str, set[str]] = {
     "vrt.typed_yaml": set(),
     "vrt.params": {"vrt.typed_yaml"},
@@ -23,13 +24,16 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "vrt.model": _GROUND,
     "vrt.data": _GROUND,
     "vrt.checkpoint": _GROUND,
-    "vrt.checkpoint.registry": _GROUND | {"vrt.checkpoint"},
-    "vrt.checkpoint.curator": _GROUND | {"vrt.checkpoint", "vrt.checkpoint.registry"},
-    "vrt.checkpoint.claims": _GROUND | {"vrt.checkpoint", "vrt.checkpoint.registry"},
+    "vrt.checkpoint.tracking": _GROUND | {"vrt.checkpoint"},
+    "vrt.checkpoint.registry": _GROUND | {"vrt.checkpoint"} | _MLFLOW,
+    "vrt.checkpoint.curator": _GROUND | {"vrt.checkpoint"} | _MLFLOW,
+    "vrt.checkpoint.claims": _GROUND | {"vrt.checkpoint"} | _MLFLOW,
     "vrt.training": _GROUND | _MODEL_DATA_CHECKPOINT,
     "vrt.evaluation": _GROUND | _MODEL_DATA_CHECKPOINT,
+    "vrt.machine": set(),
+    "vrt.serving": {"vrt.model", "vrt.data", "vrt.evaluation"},
     "vrt.services": {"vrt.observe"},
-    "vrt.stages": _GROUND | _MODEL_DATA_CHECKPOINT | _MIDDLE | {"vrt.services"},
+    "vrt.stages": _GROUND | _MODEL_DATA_CHECKPOINT | _MIDDLE | {"vrt.services", "vrt.serving", "vrt.machine", "vrt"},
     "vrt.cli": _GROUND | _MODEL_DATA_CHECKPOINT | _MIDDLE | {"vrt.services", "vrt.stages"},
     "vrt.__main__": {"vrt.cli"},
     "vrt": set(),
@@ -37,7 +41,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
 }
 # Where each foreign package may appear.
 ONLY_IN = {
-    "mlflow": {"vrt.checkpoint.registry", "vrt.services"},
+    "mlflow": {"vrt.checkpoint.registry", "vrt.checkpoint.tracking", "vrt.services"},
     "boto3": {"vrt.checkpoint.store", "vrt.services"},
     "botocore": {"vrt.checkpoint.store", "vrt.services"},
     "prefect": {"pipelines", "vrt.services"},

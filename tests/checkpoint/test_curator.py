@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from vrt.checkpoint import registry as registry_module
 from vrt.checkpoint.curator import Curator, lineage_named
 from vrt.checkpoint.errors import CheckpointError
-from vrt.checkpoint.registry import Lineage
+from vrt.checkpoint.tracking import Lineage
 
 
 @pytest.fixture
@@ -48,6 +48,38 @@ def test_deleting_the_newest_lets_the_alias_point_to_the_one_before(curator):
     assert curator.registered() == {}
     with pytest.raises(CheckpointError, match=f"{curator.lineage.id} step 60 is not registered; `vrt checkpoints list` shows what is"):
         curator.unregister(60)
+
+
+def test_the_aliases_lead_to_the_newest_and_the_best_that_are_left_and_the_champion_is_known(curator, commit, folder):
+    client = MlflowClient()
+    model = curator.lineage.model
+
+    def led_to() -> dict[str, str]:
+        versions = {version.version: version.tags["step"] for version in client.search_model_versions(f"name = '{model}'")}
+        return {alias: versions[version] for alias, version in client.get_registered_model(model).aliases.items()}
+
+    assert led_to() == {"latest-step": "60"}, "nothing was validated"
+    for step, psnr in ((80, 31.0), (100, 32.5), (120, 32.5), (140, 30.0)):
+        curator.register(commit(folder, step, lineage=curator.lineage.id, metrics={"val/psnr": psnr}), f"s3://mlflow/x/{step:08d}", folder.path)
+    assert led_to() == {"latest-step": "140", "best": "100"}
+    client.set_registered_model_alias(model, "champion", client.get_model_version_by_alias(model, "best").version)
+    assert [one.step for one in curator.registered().values() if one.champion] == [100]
+    for step in (140, 100, 120):
+        curator.unregister(step)
+    assert led_to() == {"latest-step": "80", "best": "80"}
+    curator.unregister(80)
+    assert led_to() == {"latest-step": "60"}
+
+
+def test_a_run_that_nobody_trains_any_more_is_marked_killed_once(curator):
+    client = MlflowClient()
+    assert not curator.settle(lambda: False)
+    assert client.get_run(curator.run_id).info.status == "RUNNING"
+    assert curator.settle(lambda: True)
+    assert client.get_run(curator.run_id).info.status == "KILLED"
+    curator.close("FINISHED")
+    assert not curator.settle(lambda: True)
+    assert client.get_run(curator.run_id).info.status == "FINISHED"
 
 
 def test_a_note_reads_back_and_lineages_are_found_by_name(curator):

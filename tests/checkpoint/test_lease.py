@@ -15,7 +15,8 @@ from vrt.checkpoint import lease as module
 from vrt.checkpoint.claims import RunNotes, S3Notes
 from vrt.checkpoint.errors import LeaseLost, LockedError, StoreUnavailable
 from vrt.checkpoint.lease import Claim, Lease, Notes, is_gone, newest_claim, own_claim
-from vrt.checkpoint.registry import Lineage, MlflowRegistry
+from vrt.checkpoint.registry import MlflowRegistry
+from vrt.checkpoint.tracking import Lineage
 
 
 class Board:

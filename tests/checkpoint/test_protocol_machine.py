@@ -30,10 +30,10 @@ from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
 from vrt.checkpoint.phases import KILL_AT, Phase, reached
 from vrt.checkpoint.publisher import Publisher
-from vrt.checkpoint.registry import Lineage
 from vrt.checkpoint.resume import newest_healthy
 from vrt.checkpoint.retention import prune
 from vrt.checkpoint.store import S3Store
+from vrt.checkpoint.tracking import Lineage
 from vrt.params import Checkpoints
 
 LINEAGE = Lineage("machine", "0123456789", {})

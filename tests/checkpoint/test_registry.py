@@ -12,8 +12,9 @@ from PIL import Image
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
-from vrt.checkpoint.registry import Lineage, MlflowRegistry, Sibling
+from vrt.checkpoint.registry import MlflowRegistry, Sibling
 from vrt.checkpoint.resume import Registered
+from vrt.checkpoint.tracking import Lineage
 
 
 @pytest.fixture
@@ -118,16 +119,28 @@ def committed(folder: CheckpointFolder, named: Lineage):
 
 def test_a_version_tells_all_about_its_checkpoint(opened, mlflow, committed, folder, named):
     registry, manifest = opened(), committed(40)
+    registry.about = {"recipe": "quickstart"}
     address = f"{registry.checkpoints_address}/00000040"
     registry.register(manifest, address, folder.path)
     (version,) = mlflow.search_model_versions(f"name = '{named.model}'")
-    assert (version.source, version.run_id, version.description) == (address, registry.run_id, "step 40, val_psnr 31.25")
+    assert (version.source, version.run_id) == (address, registry.run_id)
+    page = f"#/experiments/{mlflow.get_run(registry.run_id).info.experiment_id}/runs/{registry.run_id}"
+    assert version.description.splitlines() == [
+        f"**Step 40** of [{named.id}]({page}): [its files]({page}/artifacts/checkpoints/00000040)",
+        "- val/psnr 31.25",
+        "",
+        "Input, restored, truth:",
+        "",
+        f"![preview](get-artifact?path=checkpoints/00000040/40_preview.png&run_uuid={registry.run_id})",
+    ]
     assert version.tags == {
         "step": "40",
         "lineage": named.id,
         "digest": manifest.digest,
         "bytes": str(manifest.size),
         "val_psnr": "31.25",
+        "psnr": "31.25",
+        "recipe": "quickstart",
         "attempt": "1",
         "code_version": "abc",
         "host": "here",

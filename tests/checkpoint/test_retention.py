@@ -36,6 +36,7 @@ SCORED = [*at(10, psnr=30.0), *at(20, psnr=32.0), *at(30, psnr=31.0), *at(40, ps
         # Without a score nothing is among the best, and does not take the place of what is.
         ([*at(10, psnr=-3.0), *at(20), *at(30)], policy(best=1), (), {30: "the last", 10: "one of the best"}),
         ([*at(10, pinned=True), *at(20, held=True), *at(30), *at(40)], policy(), (), {40: "the last", 20: "being downloaded", 10: "pinned"}),
+        ([*at(10, champion=True), *at(20)], policy(), (), {20: "the last", 10: "the champion"}),
         # The newest is worth nothing: the newest healthy one is what a training can go on from.
         (at(10, 20, 30), policy(), {30}, {30: "damaged: repair it first", 20: "the last"}),
         (

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
-from vrt.checkpoint.registry import HELD, LATEST_STEP, PINNED, Lineage, MlflowRegistry, lease_address
+from vrt.checkpoint.registry import HELD, PINNED, MlflowRegistry
+from vrt.checkpoint.tracking import Lineage, lease_address
 from vrt.observe import log
 
 
@@ -48,14 +49,11 @@ class Curator(MlflowRegistry):
                 log.warning("step %d stays marked as being downloaded for a while: %s", step, error)
 
     def unregister(self, step: int) -> None:
-        """Take every version of a step out of the registry, and let the alias point to the newest that is left."""
+        """Take every version of a step out of the registry, and let the aliases point to what is left."""
         with self.guarded() as client:
             for version in self._of_step(client, step):
                 client.delete_model_version(self.lineage.model, version.version)
-            left = self._versions(client)
-            if left:
-                newest = max(left, key=lambda version: int(version.tags["step"])).version
-                client.set_registered_model_alias(self.lineage.model, LATEST_STEP, newest)
+            self._point_aliases(client, self._versions(client))
 
     def _of_step(self, client, step: int) -> list:
         found = [version for version in self._versions(client) if int(version.tags["step"]) == step]

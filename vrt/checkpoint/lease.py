@@ -112,6 +112,12 @@ def is_gone(claim: Claim, place: str, born_of: Callable[[int], float | None]) ->
     return born is None or abs(born - claim.born) > 1.0
 
 
+def is_abandoned(notes: Notes) -> bool:
+    """Whether nobody can be training the lineage: its owner let go, or is known to be gone. Of another machine, only time would tell."""
+    claim = newest_claim(notes)
+    return claim is None or is_gone(claim, _place(), _born) is True
+
+
 class Lease:
     """This process's hold on a lineage. `take` it before anything is published, `release` it after the last."""
 

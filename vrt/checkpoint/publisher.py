@@ -52,9 +52,14 @@ class Publisher:
         registry: Registry,
         fence: Fence | None = None,
         registered: Callable[[Manifest], None] = lambda manifest: None,
+        beside: Callable[[Manifest], Mapping[str, bytes]] = lambda manifest: {},
     ):
-        """`registered` is called with each checkpoint that was registered, in the background; what it raises is logged."""
+        """`registered` is called with each checkpoint that was registered, in the background; what it raises is logged.
+
+        `beside` makes the files that are put beside each published checkpoint, for people who have nothing of this project.
+        """
         self._folder, self._store, self._registry, self._fence, self._registered = folder, store, registry, fence, registered
+        self._beside = beside
         self._changed = threading.Condition()
         self._waiting: list[Manifest] = []
         self._started: dict[int, float] = {}
@@ -208,6 +213,8 @@ class Publisher:
             if problems:
                 raise CheckpointError("; ".join(problems))
             address = self._store.publish(manifest, self._folder.path)
+            if files := self._beside(manifest):
+                self._store.put_beside(address, files)
             # Uploading took its time: a trainer that was thought dead meanwhile must not register.
             self._check_fence()
             self._registry.register(manifest, address, self._folder.path)

@@ -29,6 +29,8 @@ class Registered:
     """A person wants it kept."""
     held: bool = False
     """Somebody is downloading it."""
+    champion: bool = False
+    """The one that `vrt promote` chose."""
 
 
 @dataclass(frozen=True)

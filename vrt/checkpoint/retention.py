@@ -51,6 +51,8 @@ def retain(registered: Iterable[Registered], policy: Checkpoints, damaged: Colle
             return "one of the best"
         if one.step in in_use:
             return "in use"
+        if one.champion:
+            return "the champion"
         return "pinned" if one.pinned else "being downloaded" if one.held else ""
 
     reasons = {one.step: reason(one) for one in newest_first}

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -25,6 +25,9 @@ class Store(Protocol):
 
     def publish(self, manifest: Manifest, folder: Path) -> str:
         """Upload a committed checkpoint from `folder`, verify it there, and return its address. Safe to repeat."""
+
+    def put_beside(self, address: str, files: Mapping[str, bytes]) -> None:
+        """Put small files beside a published checkpoint. They are no part of it, and go with it."""
 
     def upload(self, step: int, file: FileEntry, folder: Path) -> None:
         """Upload one file of a step that is still being committed, so that less is left for `publish`, which verifies it."""
@@ -78,6 +81,12 @@ class S3Store:
             bucket, key = split(address)
             client.upload_file(str(folder / file.name), bucket, f"{key}/{file.name}", Callback=lambda _: reached(Phase.UPLOAD))
             reached(Phase.READ_BACK)
+
+    def put_beside(self, address: str, files: Mapping[str, bytes]) -> None:
+        with self.guarded(address) as client:
+            bucket, key = split(address)
+            for name, content in files.items():
+                client.put_object(Bucket=bucket, Key=f"{key}/{name}", Body=content)
 
     def _address(self, step: int) -> str:
         return f"{self._prefix}/{step:08d}"

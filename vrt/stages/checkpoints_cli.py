@@ -1,4 +1,4 @@
-"""`vrt checkpoints list | verify | repair | show | fetch | prune | pin | unpin | adopt`."""
+"""`vrt checkpoints list | verify | repair | show | fetch | prune | pin | unpin | settle | adopt`."""
 
 import argparse
 import json
@@ -47,6 +47,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     named.add_argument("--after", type=int, metavar="STEP", help="delete all newer than this instead, to go back to it")
     action("pin", _pin, "keep a registered checkpoint for ever").add_argument("step", metavar="STEP", type=int)
     action("unpin", _unpin, "treat it as any other again").add_argument("step", metavar="STEP", type=int)
+    action("settle", _settle, "mark the run in MLflow as killed, if its trainer was")
     adopting = action("adopt", _adopt, "make a checkpoint of files that KAIR wrote; `vrt train` goes on from it", common)
     adopting.add_argument("folder", type=Path, metavar="FOLDER", help="folder with 2000_G.pth, 2000_optimizerG.pth, and 2000_E.pth if there are any")
 
@@ -182,6 +183,17 @@ def _set_pin(args: argparse.Namespace, pinned: bool) -> int:
     desk = _desk(args)
     desk.registry.pin(args.step, pinned)
     log.info("%s step %d is %s", desk.lineage, args.step, "kept until you unpin it" if pinned else "not pinned")
+    return 0
+
+
+def _settle(args: argparse.Namespace) -> int:
+    from vrt.checkpoint.claims import claims_on
+    from vrt.checkpoint.lease import is_abandoned
+
+    registry = _desk(args).registry
+    settled = registry.settle(lambda: is_abandoned(claims_on(registry)))
+    said = "was killed; its run in MLflow says so now" if settled else "its run in MLflow is right as it is"
+    log.info("%s: %s", registry.lineage.id, said)
     return 0
 
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vrt import services
-from vrt.checkpoint.registry import Lineage, MlflowRegistry
+from vrt.checkpoint.registry import MlflowRegistry
+from vrt.checkpoint.tracking import Lineage
 from vrt.data.clips import PreparedData
 from vrt.lifecycle import EXIT_DONE
 from vrt.observe import log

@@ -23,8 +23,9 @@ from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.lock import locked
 from vrt.checkpoint.manifest import FileEntry, Manifest, problems_of
 from vrt.checkpoint.phases import KILL_AT, Phase
-from vrt.checkpoint.registry import Lineage, MlflowRegistry
+from vrt.checkpoint.registry import MlflowRegistry
 from vrt.checkpoint.store import S3Store
+from vrt.checkpoint.tracking import Lineage
 from vrt.data.clips import PreparedData
 from vrt.data.prepare import prepare
 from vrt.lifecycle import EXIT_DONE, EXIT_FAILED

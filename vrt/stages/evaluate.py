@@ -8,8 +8,9 @@ from rich.console import Console
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
-from vrt.checkpoint.registry import Lineage, MlflowRegistry
+from vrt.checkpoint.registry import MlflowRegistry
 from vrt.checkpoint.serialize import sha256_of
+from vrt.checkpoint.tracking import Lineage
 from vrt.data.clips import PreparedData
 from vrt.evaluation.report import summary_table, write_report
 from vrt.evaluation.run import evaluate

@@ -8,9 +8,10 @@ from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
 from vrt.checkpoint.policy import AUTO, Kind, ResumePolicy
-from vrt.checkpoint.registry import Lineage, Sibling
+from vrt.checkpoint.registry import Sibling
 from vrt.checkpoint.resume import Decision, newest_healthy
 from vrt.checkpoint.store import S3Store
+from vrt.checkpoint.tracking import Lineage
 from vrt.observe import log
 from vrt.params import defines_the_training
 from vrt.stages import CHECKPOINTS

@@ -20,19 +20,22 @@ from vrt.checkpoint.lock import locked
 from vrt.checkpoint.manifest import Manifest, manifest_name
 from vrt.checkpoint.policy import ResumePolicy
 from vrt.checkpoint.publisher import Publisher
-from vrt.checkpoint.registry import Lineage
 from vrt.checkpoint.retention import prune
 from vrt.checkpoint.saver import Saver
 from vrt.checkpoint.store import S3Store
+from vrt.checkpoint.tracking import Lineage
 from vrt.data.clips import PreparedData
 from vrt.data.sampler import check_sampling, training_batches
 from vrt.evaluation.pictures import png, preview
 from vrt.evaluation.run import validate
 from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, StopRequest
+from vrt.machine import MachineUse
 from vrt.observe import log
 from vrt.params import Params, fingerprint, flatten, load_params, with_resume
 from vrt.stages import CHECKPOINTS, MODEL, PREPARED, REPORTS
+from vrt.stages.predictor import predictor_files
 from vrt.stages.reports import write_training_report
+from vrt.stages.run_page import about_checkpoints, run_page
 from vrt.stages.start import refuse_surprise, resume
 from vrt.status import STATUS, StatusFile, TrainingStatus
 from vrt.training.determinism import determinism
@@ -87,7 +90,8 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
                 catch_up(keeper, state)
             keeper.saver.safe_step = state.step
             keeper.status.update(resumed=state.step, step=state.step, training_since=time.time())
-            sink = SnapshotSink(keeper.saver, keeper.publisher, facts(lineage, keeper.registry), keeper.status.seen)
+            machine = MachineUse(CHECKPOINTS, device).sample
+            sink = SnapshotSink(keeper.saver, keeper.publisher, facts(lineage, keeper.registry), keeper.status.seen, machine)
             with closing(training_batches(data, params, state.step + 1, params.train.total_steps)) as batches:
                 done = train(params, state, batches, sink, lambda network: validation(network, data, params), stop)
             keeper.saver.wait()
@@ -122,6 +126,12 @@ def keeping(registry: Curator, lease: Lease, params: Params, started: float) -> 
     folder = CheckpointFolder(CHECKPOINTS / registry.lineage.id)
     folder.prepare()
     registry.begin_attempt(run_tags(registry.lineage))
+    registry.about = about_checkpoints(params, registry.lineage)
+
+    def describe() -> None:
+        registry.describe(run_page(params, registry.lineage, registry.about, registry.entries()))
+
+    describe()
     store = S3Store(registry.checkpoints_address)
     newest = max(registry.registered(), default=0)
     of_this_attempt = TrainingStatus(registry.lineage.id, registry.page, registry.attempt, started, params.train.total_steps, registered=newest)
@@ -131,8 +141,9 @@ def keeping(registry: Curator, lease: Lease, params: Params, started: float) -> 
         status.registered(manifest.step)
         lease.validate()
         prune(folder, store, registry, params.checkpoints, in_use={manifest.step})
+        describe()
 
-    publisher = Publisher(folder, store, registry, fence=lease, registered=retain)
+    publisher = Publisher(folder, store, registry, fence=lease, registered=retain, beside=predictor_files(params))
     keeper = Keeper(lease, folder, store, registry, publisher, Saver(folder, publisher, params.checkpoints.most_failed_saves), status)
     publisher.start()
     try:
@@ -216,7 +227,6 @@ def run_tags(lineage: Lineage) -> dict[str, str]:
         "vrt.host": platform.node(),
         "vrt.torch": torch.__version__,
         "vrt.threads": str(torch.get_num_threads()),
-        "mlflow.note.content": "Each checkpoint is in *Artifacts / checkpoints* and a version of the registered model. Go on with `dvc repro`.",
     }
 
 

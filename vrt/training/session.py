@@ -150,9 +150,16 @@ def _name(manifest: Manifest, suffix: str) -> str:
 class SnapshotSink:
     """The loop's `Checkpoints`: names the parts of the state as KAIR does and hands them to saver and publisher."""
 
-    def __init__(self, saver: Saver, publisher: Publisher, facts: dict[str, Any], seen: Callable[[Row], None] = lambda row: None):
-        """`seen` is called with each step's metrics, too."""
-        self._saver, self._publisher, self._facts, self._seen = saver, publisher, facts, seen
+    def __init__(
+        self,
+        saver: Saver,
+        publisher: Publisher,
+        facts: dict[str, Any],
+        seen: Callable[[Row], None] = lambda row: None,
+        machine: Callable[[], Row] = dict,
+    ):
+        """`seen` is called with each step's metrics; what `machine` measures is sent with them, but is no part of the training's history."""
+        self._saver, self._publisher, self._facts, self._seen, self._machine = saver, publisher, facts, seen, machine
         self._networks: dict[str, Aliases] = {}
         self._constants: list[torch.Tensor] = []
 
@@ -177,5 +184,5 @@ class SnapshotSink:
         return self._saver.safe_step
 
     def send(self, row: Row) -> None:
-        self._publisher.send(row)
+        self._publisher.send(row | self._machine())
         self._seen(row)

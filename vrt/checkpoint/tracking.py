@@ -1,0 +1,225 @@
+"""Tracking: the MLflow run of a lineage, where people browse a training. One run, continued by every attempt.
+
+This module and `registry` are all that import MLflow.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+
+EXPERIMENT = "vrt"
+LEASE_KIND = "vrt.lease_kept_in"
+DESCRIPTION = "mlflow.note.content"
+LONGEST_DESCRIPTION = 8000
+"""Characters of a tag's value, at most."""
+
+Row = dict[str, float]
+"""One step's metrics by name, with the step itself under "step"."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """One training that may span many processes and machines."""
+
+    name: str
+    fingerprint: str
+    identity: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.fingerprint[:10]}"
+
+    @property
+    def model(self) -> str:
+        """The registered model its checkpoints are versions of."""
+        return f"vrt-{self.name}"
+
+
+class MlflowRun:
+    """The MLflow run of one lineage. `open` or `attach` first."""
+
+    def __init__(self, lineage: Lineage):
+        self.lineage = lineage
+        self.run_id = ""
+        self.attempt = 0
+        self._artifacts = ""
+        self._experiment_id = ""
+        self._sent: dict[str, int] | None = None
+        self.about: Mapping[str, str] = {}
+        """What to say of every checkpoint of this attempt, as tags of its version."""
+
+    def open(self, params: dict[str, Any], tags: dict[str, str]) -> None:
+        """Find or create the run of the lineage, mark it running, and count this attempt.
+
+        Raises StoreUnavailable where MLflow does not answer: without it nobody knows the latest registered step.
+        """
+        self.find_or_create(params)
+        self.begin_attempt(tags)
+
+    def find_or_create(self, params: dict[str, Any]) -> None:
+        """Have a run for the lineage, and change nothing of one that exists: another trainer may be at work there."""
+        with self.guarded() as client:
+            self._experiment_id = self._experiment(client)
+            run = self._find(client) or self._create_run(client, params)
+            self.run_id, self._artifacts = run.info.run_id, run.info.artifact_uri
+
+    def begin_attempt(self, tags: dict[str, str]) -> None:
+        """Mark the run running, and count this attempt."""
+        with self.guarded() as client:
+            self.attempt = int(client.get_run(self.run_id).data.tags.get("vrt.attempts", 0)) + 1
+            for key, value in (tags | {"vrt.attempts": str(self.attempt)}).items():
+                client.set_tag(self.run_id, key, value)
+            client.update_run(self.run_id, status="RUNNING")
+
+    @property
+    def checkpoints_address(self) -> str:
+        """Where the checkpoints of the run are published."""
+        return f"{self._artifacts}/checkpoints"
+
+    @property
+    def lease_address(self) -> str:
+        """Where trainers claim the lineage, if the store can be trusted with that."""
+        return lease_address(self._artifacts, self.lineage.id)
+
+    def attach(self) -> bool:
+        """Find the run of the lineage, to read it or add to it, without starting an attempt. False: there is none."""
+        with self.guarded() as client:
+            self._experiment_id = self._experiment(client)
+            run = self._find(client)
+            self.run_id, self._artifacts = (run.info.run_id, run.info.artifact_uri) if run else ("", "")
+        return bool(run)
+
+    def _find(self, client):
+        found = client.search_runs([self._experiment_id], filter_string=f"tags.`vrt.lineage` = '{self.lineage.id}'", max_results=1)
+        return found[0] if found else None
+
+    def _experiment(self, client) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            try:
+                # The kind makes MLflow open its pages for training, not those for language models.
+                kind = {"mlflow.experimentKind": "custom_model_development"}
+                return client.create_experiment(EXPERIMENT, tags=kind)
+            except MlflowException:
+                # Another trainer may have created it in between.
+                experiment = client.get_experiment_by_name(EXPERIMENT)
+                if experiment is None:
+                    raise
+        if not experiment.artifact_location.startswith("s3://"):
+            raise CheckpointError(
+                f"MLflow experiment {EXPERIMENT!r} keeps its artifacts at {experiment.artifact_location}; expected an s3:// location: "
+                "start the MLflow server with --default-artifact-root s3://BUCKET, and rename that experiment, which keeps its place for ever"
+            )
+        return experiment.experiment_id
+
+    def _create_run(self, client, params: dict[str, Any]):
+        from mlflow.entities import Param
+
+        run = client.create_run(self._experiment_id, run_name=self.lineage.id, tags={"vrt.lineage": self.lineage.id, "vrt.name": self.lineage.name})
+        # Values that change between attempts (total steps, intervals) keep their first value here; MLflow params are for ever.
+        client.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in params.items()])
+        return client.get_run(run.info.run_id)
+
+    def send(self, rows: Iterable[Row]) -> None:
+        """Log metrics by step, leaving out what the run has already: a step that is trained again gives the same values."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        with self.guarded() as client:
+            # After a failure nobody knows what arrived: ask again.
+            sent, self._sent = self._sent if self._sent is not None else self._steps_sent(client), None
+            points = []
+            for row in rows:
+                for key in row.keys() - {"step"}:
+                    if row["step"] > sent.get(key, 0):
+                        points.append(Metric(key, row[key], now, row["step"]))
+                        sent[key] = row["step"]
+            for start in range(0, len(points), 1000):
+                client.log_batch(self.run_id, metrics=points[start : start + 1000])
+            self._sent = sent
+
+    def _steps_sent(self, client) -> dict[str, int]:
+        """The last step that the run has of each metric."""
+        keys = client.get_run(self.run_id).data.metrics
+        return {key: max(point.step for point in client.get_metric_history(self.run_id, key)) for key in keys}
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Log results measured at a step, unless the run shows the very same already."""
+        with self.guarded() as client:
+            shown = client.get_run(self.run_id).data.metrics
+            for key, value in metrics.items():
+                if shown.get(key) != value:
+                    client.log_metric(self.run_id, key, value, step=step)
+
+    def note(self, key: str, text: str) -> None:
+        """Put a tag on the run that a person should see, such as why a save failed."""
+        with self.guarded() as client:
+            client.set_tag(self.run_id, f"vrt.{key}", text[:5000])
+
+    def lease_kind(self, decide: Callable[[], str]) -> str:
+        """What `decide` once said about where trainers claim this lineage: it must be the same place for all of them, for ever."""
+        with self.guarded() as client:
+            known = client.get_run(self.run_id).data.tags.get(LEASE_KIND)
+        if known is None:
+            known = decide()
+            with self.guarded() as client:
+                client.set_tag(self.run_id, LEASE_KIND, known)
+        return known
+
+    def close(self, status: str) -> None:
+        """Set the run's status: FINISHED, KILLED (stopped early, goes on later) or FAILED."""
+        with self.guarded() as client:
+            client.set_terminated(self.run_id, status)
+
+    def settle(self, abandoned: Callable[[], bool]) -> bool:
+        """Mark the run KILLED where it is taken to be running and nobody trains it any more. True: it was so."""
+        with self.guarded() as client:
+            if client.get_run(self.run_id).info.status != "RUNNING" or not abandoned():
+                return False
+        self.close("KILLED")
+        return True
+
+    def describe(self, text: str) -> None:
+        """Show a page in markdown as the run's description."""
+        with self.guarded() as client:
+            client.set_tag(self.run_id, DESCRIPTION, text)
+
+    @property
+    def page(self) -> str:
+        """The address where people browse the run; known without asking, so that an outage can't spoil the end of a training."""
+        return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
+
+    @contextmanager
+    def guarded(self) -> Iterator:
+        """Yield the MLflow client; an outage leaves as StoreUnavailable."""
+        import requests
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, TEMPORARILY_UNAVAILABLE, ErrorCode
+
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        address = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not address:
+            raise StoreUnavailable("MLflow: no address; run `vrt services up` for local services, or set MLFLOW_TRACKING_URI")
+        try:
+            yield MlflowClient(address)
+        except MlflowException as error:
+            outage = isinstance(error.__cause__ or error.__context__, requests.RequestException)
+            if outage or error.error_code in (ErrorCode.Name(INTERNAL_ERROR), ErrorCode.Name(TEMPORARILY_UNAVAILABLE)):
+                reason = str(error).splitlines()[0][:200]
+                raise StoreUnavailable(f"MLflow at {address} does not answer ({reason}); see `vrt services status`") from error
+            raise
+        except requests.RequestException as error:
+            raise StoreUnavailable(f"MLflow at {address} does not answer ({error}); see `vrt services status`") from error
+
+
+def lease_address(artifacts: str, lineage: str) -> str:
+    """Beside the runs (EXPERIMENT/RUN/artifacts), not in one: two trainers that start a lineage at once may make two runs of it."""
+    return f"{artifacts.rsplit('/', 2)[0]}/leases/{lineage}"
