@@ -431,6 +431,9 @@ def problems(files: dict[str, bytes], step: int, digest: str | None = None) -> l
 
 
 def spoiled(content: bytes, cut: bool) -> bytes:
+    if not content:
+        # What was cut again and again: only growing changes it.
+        return b"\0"
     middle = len(content) // 2
     return content[:middle] if cut else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 

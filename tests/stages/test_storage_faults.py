@@ -200,8 +200,12 @@ def test_a_fault_in_each_object_is_overcome(own_store, workspace, fork_server, a
 @pytest.mark.long
 def test_a_store_that_is_killed_in_mid_upload_is_waited_for(own_store, workspace, fork_server, assert_all_registered):
     uploads = itertools.count(1)
+
+    def third_upload(method: str, path: str, has_body: bool) -> Fault | None:
+        return Fault.CUT_UPLOAD if has_body and method == "PUT" and "/checkpoints/" in path and next(uploads) == 3 else None
+
     with FaultProxy(own_store.address) as proxy:
-        proxy.choose = lambda method, path, has_body: Fault.CUT_UPLOAD if has_body and method == "PUT" and next(uploads) == 3 else None
+        proxy.choose = third_upload
         proxy.after_half_an_upload = own_store.kill
         attempt = fork_server.start(workspace, variables=own_store.variables(proxy.address))
         while not proxy.told[Fault.CUT_UPLOAD]:
