@@ -51,11 +51,15 @@ def parser() -> argparse.ArgumentParser:
     from vrt.data.cli import add_parser as add_data
     from vrt.services.cli import add_parser as add_services
     from vrt.stages.checkpoints_cli import add_parser as add_checkpoints
+    from vrt.stages.promote import add_parser as add_promote
+    from vrt.stages.restore_cli import add_parser as add_restore
     from vrt.stages.weights import add_parser as add_weights
 
     add_services(commands)
     add_data(commands)
     add_checkpoints(commands)
+    add_promote(commands)
+    add_restore(commands)
     add_weights(commands)
     for name, run, described in (
         ("train", _train, "train, or go on training, to the end of the params file"),
@@ -65,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: params.yaml)")
         command.set_defaults(run=run)
         if name == "evaluate":
-            command.add_argument("--weights", type=Path, help="a file of network weights, such as a published one, instead of the trained model")
+            of = "instead of the trained model: latest, best, champion, LINEAGE@STEP, RUN@STEP, or a file of weights, such as a published one"
+            command.add_argument("--checkpoint", metavar="CHECKPOINT", help=of)
+            command.add_argument("--dataset", metavar="NAME", help="with --checkpoint: a folder below data/raw/, for its test clips")
         if name == "train":
             told = f"overrides checkpoints.resume (as ${RESUME} does): auto, must, never, a step to go back to, or 'fork LINEAGE@STEP'"
             command.add_argument("--resume", metavar="POLICY", help=told)
@@ -112,7 +118,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from vrt.stages.evaluate import run_evaluation
 
     _lead_to_services()
-    return run_evaluation(args.params, args.weights)
+    return run_evaluation(args.params, args.checkpoint, args.dataset)
 
 
 def _recipes(args: argparse.Namespace) -> int:

@@ -6,10 +6,11 @@ No field has a default: a params file states every knob, so what a run did can b
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from vrt.typed_yaml import ParamsError, Section, parse, read_yaml
 
@@ -313,6 +314,25 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def trained_as(params: Params, identity: Mapping[str, Any]) -> Params:
+    """`params`, with the network and the degradation that a checkpoint's identity (`Params.identity`) names in place of its own.
+
+    Raises ParamsError where they are none that this version knows.
+    """
+    parts: dict[str, dict[str, Any]] = {"network": {}, "degradation": {}}
+    for key, value in identity.items():
+        section, _, name = key.partition(".")
+        if section in parts:
+            parts[section][name] = value
+    try:
+        trained = TypeAdapter(Degradation).validate_json(json.dumps(parts["degradation"]), strict=True)
+        network = Network.model_validate_json(json.dumps(parts["network"]))
+    except ValidationError as error:
+        raise ParamsError(f"the checkpoint was trained by params that this version does not know: {error}") from None
+    # Not checked together: the crop, and what else was trained with, is another training's.
+    return params.model_copy(update={"network": network, "degradation": trained})
 
 
 def load_params(path: Path) -> Params:

@@ -107,7 +107,7 @@ class Mlflow:
 
     def __init__(self) -> None:
         self.versions: list[Version] = []
-        self.alias = ""
+        self.aliases: dict[str, str] = {}
         self.down = False
 
     def create_registered_model(self, name: str) -> None: ...
@@ -124,9 +124,16 @@ class Mlflow:
 
     def delete_model_version(self, name: str, version: str) -> None:
         self.versions = [each for each in self.versions if each.version != version]
+        self.aliases = {alias: led_to for alias, led_to in self.aliases.items() if led_to != version}
+
+    def get_registered_model(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(aliases=dict(self.aliases))
 
     def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
-        self.alias = version
+        self.aliases[alias] = version
+
+    def delete_registered_model_alias(self, name: str, alias: str) -> None:
+        del self.aliases[alias]
 
 
 class Registry(Curator):
@@ -198,7 +205,7 @@ class Machine(RuleBasedStateMachine):
     def dying(self, _armed: str) -> None:
         """Remember the world as the process leaves it, then leave; `until_death` undoes what handlers do on the way."""
         shutil.copytree(self.folder.path, self.place / "left")
-        self.left = dict(self.s3.objects), list(self.mlflow.versions), self.mlflow.alias
+        self.left = dict(self.s3.objects), list(self.mlflow.versions), dict(self.mlflow.aliases)
         raise Died
 
     def until_death(self, death: str | None, work: Callable[[], None]) -> None:
@@ -210,7 +217,7 @@ class Machine(RuleBasedStateMachine):
             self.trainer = None
             shutil.rmtree(self.folder.path)
             (self.place / "left").rename(self.folder.path)
-            self.s3.objects, self.mlflow.versions, self.mlflow.alias = self.left
+            self.s3.objects, self.mlflow.versions, self.mlflow.aliases = self.left
         finally:
             os.environ[KILL_AT] = ""
 

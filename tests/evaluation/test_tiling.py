@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from vrt.evaluation.tiling import AnySize, blend_weights, restore, tile_count, tile_spans
+from vrt.evaluation.tiling import AnySize, blend_weights, restore, restore_stream, tile_count, tile_spans
 
 
 @st.composite
@@ -169,6 +169,36 @@ def test_the_network_never_sees_more_or_less_than_a_tile():
     restore(network, clip(1, 11, 4, 20, 50), (4, 16, 64), (1, 4, 8), 1)
     assert set(network.shapes) == {(4, 4, 16, 50)}
     assert len(network.shapes) == tile_count((11, 20, 50), (4, 16, 64), (1, 4, 8)) == 4 * 2
+
+
+@pytest.mark.parametrize("first", [0, 1, 5, 6, 10])
+def test_a_stream_reads_each_tile_once_in_order_and_gives_the_same_bits_wherever_it_begins(first):
+    clip = torch.rand(1, 11, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    network = nn.Conv3d(3, 3, 3, padding=1)
+    reach = lambda x: network(x.transpose(1, 2)).transpose(1, 2)  # noqa: E731
+    whole = restore(Applied(reach), clip, (4, 8, 8), (2, 4, 4), 1)
+    asked = []
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        asked.append((start, stop))
+        return clip[:, start:stop]
+
+    pieces = list(restore_stream(Applied(reach), read, (11, 16, 24), (4, 8, 8), (2, 4, 4), 1, first))
+
+    assert asked == [span for span in tile_spans(11, 4, 2) if span[1] > first]
+    assert [number for number, _ in pieces] == [first + sum(piece.shape[1] for _, piece in pieces[:i]) for i in range(len(pieces))]
+    assert torch.equal(torch.cat([piece for _, piece in pieces], dim=1), whole[:, first:])
+
+
+class Applied(nn.Module):
+    """A function as a network."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, clip: torch.Tensor) -> torch.Tensor:
+        return self.function(clip)
 
 
 def test_progress_is_told_of_every_tile():

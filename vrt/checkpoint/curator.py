@@ -2,12 +2,12 @@
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
-from vrt.checkpoint.registry import HELD, PINNED, MlflowRegistry
+from vrt.checkpoint.registry import CHAMPION, HELD, PINNED, MlflowRegistry
 from vrt.checkpoint.tracking import Lineage, lease_address
 from vrt.observe import log
 
@@ -54,6 +54,42 @@ class Curator(MlflowRegistry):
             for version in self._of_step(client, step):
                 client.delete_model_version(self.lineage.model, version.version)
             self._point_aliases(client, self._versions(client))
+
+    def led_to(self, alias: str) -> tuple[str, int] | None:
+        """The lineage and step that an alias of the model points to; None: there is no such alias."""
+        with self.guarded() as client:
+            if not client.search_registered_models(filter_string=f"name = '{self.lineage.model}'"):
+                return None
+            version = self._aliases(client).get(alias)
+            if version is None:
+                return None
+            tags = client.get_model_version(self.lineage.model, version).tags
+        return tags["lineage"], int(tags["step"])
+
+    def lineage_of_run(self, run_id: str) -> str:
+        """The lineage whose run that is. Raises CheckpointError where it is no training's."""
+        with self.guarded() as client:
+            runs = client.search_runs([self._experiment(client)], filter_string=f"attributes.run_id = '{run_id}'", max_results=1)
+        if not runs or "vrt.lineage" not in runs[0].data.tags:
+            raise CheckpointError(f"run {run_id}: MLflow has no training of that id; `vrt checkpoints list` and MLflow's pages show what there is")
+        return runs[0].data.tags["vrt.lineage"]
+
+    def tags_of(self, step: int) -> dict[str, str]:
+        """What the version of a registered step is tagged with."""
+        with self.guarded() as client:
+            return dict(self._of_step(client, step)[0].tags)
+
+    def tag(self, step: int, tags: Mapping[str, str]) -> None:
+        """Say more of a registered step."""
+        with self.guarded() as client:
+            for version in self._of_step(client, step):
+                for key, value in tags.items():
+                    client.set_model_version_tag(self.lineage.model, version.version, key, value)
+
+    def crown(self, step: int) -> None:
+        """Let the alias `champion` point to a registered step."""
+        with self.guarded() as client:
+            client.set_registered_model_alias(self.lineage.model, CHAMPION, self._of_step(client, step)[0].version)
 
     def _of_step(self, client, step: int) -> list:
         found = [version for version in self._versions(client) if int(version.tags["step"]) == step]

@@ -26,25 +26,71 @@ def restore(network: nn.Module, degraded: Tensor, tile: Size, overlap: Size, ups
 
     Raises ValueError if the overlap does not leave a tile room to advance, or the network returns another shape than expected.
     """
+    frames, height, width = degraded.shape[1], *degraded.shape[-2:]
+    restored = torch.empty(len(degraded), frames, 3, height * upscale, width * upscale)
+    pieces = restore_stream(network, lambda start, stop: degraded[:, start:stop], (frames, height, width), tile, overlap, upscale, progress=progress)
+    for first, piece in pieces:
+        restored[:, first : first + piece.shape[1]] = piece
+    return restored
+
+
+def restore_stream(
+    network: nn.Module,
+    read: Callable[[int, int], Tensor],
+    size: Size,
+    tile: Size,
+    overlap: Size,
+    upscale: int,
+    first: int = 0,
+    progress: Callable[[], object] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Restore a clip of `size` that may be longer than memory: yields (number of its first frame, (B, d, 3, H, W)) for each piece, in order.
+
+    `read(start, stop)` gives the input's frames, (B, stop - start, C, h, w); it is asked in order, for frames that overlap by what tiles share.
+    Begins at frame `first`. The pieces are those of `restore`, to the bit, wherever it begins.
+    """
     if any(o >= t or o < 0 for o, t in zip(overlap, tile)):
         raise ValueError(f"overlap: expected 0 or more and less than the tile {tuple(tile)}, found {tuple(overlap)}; lower evaluate.overlap")
-    batch, frames, _, height, width = degraded.shape
-    spans = [tile_spans(*axis) for axis in zip((frames, height, width), tile, overlap)]
-    scales = (1, upscale, upscale)
-    ramps = [blend_weights(axis, o * scale, scale) for axis, o, scale in zip(spans, overlap, scales)]
-    device = next(network.parameters(), degraded).device
+    spans = tile_spans(size[0], tile[0], overlap[0])
+    ramps = blend_weights(spans, overlap[0], 1)
+    waiting: Tensor | None = None
+    begins = 0
+    for number, ((start, stop), ramp) in enumerate(zip(spans, ramps)):
+        if stop <= first:
+            continue
+        piece = _restore_window(network, read(start, stop), tile[1:], overlap[1:], upscale, progress) * ramp.view(-1, 1, 1, 1)
+        # Frames before `start` are done, those from there on may get more from this tile.
+        if waiting is None:
+            waiting, begins = piece, start
+        else:
+            shared = begins + waiting.shape[1] - start
+            waiting = torch.cat([waiting[:, : start - begins], waiting[:, start - begins :] + piece[:, :shared], piece[:, shared:]], dim=1)
+        done = spans[number + 1][0] if number + 1 < len(spans) else stop
+        ready = waiting[:, max(0, first - begins) : done - begins]
+        if ready.shape[1]:
+            yield max(first, begins), ready
+        waiting, begins = waiting[:, done - begins :], done
 
+
+def _restore_window(
+    network: nn.Module, degraded: Tensor, tile: tuple[int, int], overlap: tuple[int, int], upscale: int, progress: Callable[[], object] | None
+) -> Tensor:
+    """Restore frames that go into the network at once, tile by tile over their area."""
+    batch, frames, _, height, width = degraded.shape
+    spans = [tile_spans(*axis) for axis in zip((height, width), tile, overlap)]
+    ramps = [blend_weights(axis, o * upscale, upscale) for axis, o in zip(spans, overlap)]
+    device = next(network.parameters(), degraded).device
     restored = torch.zeros(batch, frames, 3, height * upscale, width * upscale)
     # Not inference_mode: masks that the network computes here and keeps must remain fit for training.
     with _evaluation_mode(network), torch.no_grad():
         for place in itertools.product(*(range(len(axis)) for axis in spans)):
-            time, rows, columns = (slice(*axis[i]) for axis, i in zip(spans, place))
-            output = network(degraded[:, time, :, rows, columns].to(device)).float().cpu()
-            time, rows, columns = (slice(span.start * scale, span.stop * scale) for span, scale in zip((time, rows, columns), scales))
-            target = restored[:, time, :, rows, columns]
+            rows, columns = (slice(*axis[i]) for axis, i in zip(spans, place))
+            output = network(degraded[..., rows, columns].to(device)).float().cpu()
+            rows, columns = (slice(span.start * upscale, span.stop * upscale) for span in (rows, columns))
+            target = restored[..., rows, columns]
             _check_shape(output, target)
-            in_time, down, across = (axis[i] for axis, i in zip(ramps, place))
-            target += output * in_time.view(-1, 1, 1, 1) * down.view(-1, 1) * across
+            down, across = (axis[i] for axis, i in zip(ramps, place))
+            target += output * down.view(-1, 1) * across
             if progress:
                 progress()
     return restored

@@ -11,37 +11,69 @@ from vrt.checkpoint.manifest import Manifest
 from vrt.checkpoint.registry import MlflowRegistry
 from vrt.checkpoint.serialize import sha256_of
 from vrt.checkpoint.tracking import Lineage
+from vrt.data.cli import RAW
 from vrt.data.clips import PreparedData
+from vrt.data.prepare import prepare
 from vrt.evaluation.report import summary_table, write_report
-from vrt.evaluation.run import evaluate
+from vrt.evaluation.run import Evaluation, evaluate
 from vrt.lifecycle import EXIT_DONE
 from vrt.observe import log
 from vrt.params import Params, fingerprint, load_params
 from vrt.stages import MODEL, PREPARED, REPORTS
+from vrt.stages.selector import Chosen, choose
 from vrt.training.session import EMA, NETWORK, build_network, load_fitting
 
+OTHERS = Path("data/.prepared-for-evaluation")
+"""Data sets that are only evaluated on."""
 
-def run_evaluation(params_path: Path, weights: Path | None = None) -> int:
+
+def run_evaluation(params_path: Path, checkpoint: str | None = None, dataset: str | None = None) -> int:
     """Evaluate the model that DVC versions; writes reports/evaluation/ and enters the means into the MLflow run.
 
-    With `weights`, a file of the params file's network, evaluate that instead, and write to reports/evaluation-of-NAME/ alone.
+    With `checkpoint` (`vrt.stages.selector`), evaluate that instead, on the test clips of data set `dataset` (None: the prepared one);
+    writes reports/evaluation-of-CHECKPOINT-on-DATASET/ alone, and enters the means into the checkpoint's run and version.
 
-    Raises ValueError (params, data, model), whose message is for the user.
+    Raises ValueError (params, data, model, checkpoint), whose message is for the user.
     """
+    if checkpoint:
+        measured = measure_checkpoint(choose(checkpoint, params_path), dataset)
+        Console().print(summary_table(measured))
+        return EXIT_DONE
     params = load_params(params_path)
     data = PreparedData.open(PREPARED)
-    if weights:
-        network, manifest = build_network(params.network), None
-        network.load_state_dict(load_fitting(weights, network))
-    else:
-        network, manifest = load_model(params)
+    network, manifest = load_model(params)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     evaluation = evaluate(network, data, params, "test")
-    write_report(evaluation, REPORTS / (f"evaluation-of-{weights.stem}" if weights else "evaluation"))
+    write_report(evaluation, REPORTS / "evaluation")
     Console().print(summary_table(evaluation))
-    if manifest:
-        _record(params, manifest, evaluation.metrics())
+    _record(params, manifest, evaluation.metrics())
     return EXIT_DONE
+
+
+def measure_checkpoint(chosen: Chosen, dataset: str | None) -> Evaluation:
+    """Evaluate a checkpoint on the test clips of a data set (None: that of the params file), write a report, and tell MLflow."""
+    name = dataset or chosen.params.data.dataset
+    data = test_clips(name, chosen.params)
+    chosen.network.to("cuda" if torch.cuda.is_available() else "cpu")
+    log.info("%s on the test clips of %s", chosen.name, name)
+    evaluation = evaluate(chosen.network, data, chosen.params, "test")
+    write_report(evaluation, REPORTS / f"evaluation-of-{chosen.name}-on-{name}")
+    if chosen.desk and chosen.candidate and chosen.candidate.registered:
+        registry, step, means = chosen.desk.registry, chosen.candidate.step, evaluation.metrics()
+        registry.tag(step, {f"test_{name}_{key}": f"{means[key]:.6g}" for key in ("psnr", "ssim")})
+        if registry.attach():
+            registry.record(step, {f"test-{name}/{key}": value for key, value in means.items()})
+    return evaluation
+
+
+def test_clips(name: str, params: Params) -> PreparedData:
+    """The data set below data/raw/, prepared: in data/prepared/ where that is the one of the params file, else in a folder of its own."""
+    if name == params.data.dataset and PREPARED.exists():
+        return PreparedData.open(PREPARED)
+    prepared = OTHERS / name
+    if not (prepared / "index.json").exists():
+        prepare(RAW / name, prepared)
+    return PreparedData.open(prepared)
 
 
 def load_model(params: Params) -> tuple[torch.nn.Module, Manifest]:
