@@ -1,7 +1,7 @@
 """Write restored frames as a video: in segments that survive an interruption, joined at the end with the sound of the source."""
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -25,12 +25,6 @@ class Timing:
     """Seconds per tick."""
     ticks: tuple[int, ...]
     """Of each frame, from 0."""
-
-    def doubled(self) -> "Timing":
-        """With a frame in the middle between each two."""
-        ticks = [2 * tick for tick in self.ticks]
-        between = [(a + b) // 2 for a, b in zip(ticks, ticks[1:])]
-        return Timing(self.base / 2, tuple(sorted([*ticks, *between])))
 
 
 def read_timing(path: Path) -> Timing:
@@ -80,7 +74,7 @@ def join(segments: Sequence[Path], source: Path | None, target: Path) -> None:
     with av.open(str(unfinished), "w") as output, av.open(str(segments[0])) as first:
         video = output.add_stream_from_template(first.streams.video[0])
         sounds = []
-        with av.open(str(source), metadata_errors="ignore") if source else _nothing() as heard:
+        with av.open(str(source), metadata_errors="ignore") if source else nullcontext() as heard:
             for stream in heard.streams.audio if heard else []:
                 with suppress(ValueError):
                     sounds.append((stream, output.add_stream_from_template(stream)))
@@ -97,14 +91,3 @@ def join(segments: Sequence[Path], source: Path | None, target: Path) -> None:
                         packet.stream = copy
                         output.mux(packet)
     unfinished.replace(target)
-
-
-@dataclass
-class _nothing:
-    """In place of a file that is not there."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None

@@ -56,7 +56,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Execute the command. Raises ValueError or RuntimeError, whose messages are for the user."""
     from vrt.checkpoint.errors import CheckpointError
-    from vrt.checkpoint.repair import Verified
     from vrt.checkpoint.resume import State
     from vrt.observe import log
     from vrt.services import load_environment
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     found = measured(candidate)
     verdict = judge(candidate.name, found, champion, found if champion == candidate.name else to_beat, args.metric, args.least_gain)
     if verdict.promote and not args.dry_run:
-        (kept,): list[Verified] = verify_all(candidate.desk, [candidate.candidate])
+        (kept,) = verify_all(candidate.desk, [candidate.candidate])
         if kept.store.state is not State.HEALTHY:
             raise CheckpointError(f"{candidate.name}: it is not healthy in the store; mend it with `vrt checkpoints repair {step}`, then promote it")
         registry.tag(step, {"champion_since": datetime.now(UTC).isoformat(timespec="seconds"), "champion_before": champion or "none"})
