@@ -134,7 +134,7 @@ class Workspace:
         return subprocess.run(
             [sys.executable, "-m", *command],
             check=False,
-            cwd=self.root,
+            cwd=options.pop("cwd", self.root),
             env={**self.environment, **options.pop("variables", {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

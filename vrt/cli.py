@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     from vrt.services.cli import add_parser as add_services
     from vrt.stages.checkpoints_cli import add_parser as add_checkpoints
     from vrt.stages.promote import add_parser as add_promote
+    from vrt.stages.reproduce import add_parser as add_reproduce
     from vrt.stages.restore_cli import add_parser as add_restore
     from vrt.stages.weights import add_parser as add_weights
 
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add_data(commands)
     add_checkpoints(commands)
     add_promote(commands)
+    add_reproduce(commands)
     add_restore(commands)
     add_weights(commands)
     for name, run, described in (

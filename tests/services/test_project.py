@@ -50,6 +50,15 @@ def test_plain_dvc_push_and_pull_work_without_variables(a_project, local_service
     assert (a_project / "clip.bin").read_bytes() == b"frames"
 
 
+def test_dvc_is_told_where_there_is_no_git_and_again_once_there_is(a_project):
+    (a_project / ".dvc" / "config").write_text(REMOTE.replace("    no_scm = true\n", ""))
+    project.configure(a_project, STATE, STATE.endpoints)
+    assert settings_of(a_project)["no_scm"] == "true"
+    (a_project / ".git").mkdir()
+    project.configure(a_project, STATE, STATE.endpoints)
+    assert "no_scm" not in settings_of(a_project)
+
+
 def test_the_key_in_dvcs_file_is_for_its_owner_only(a_project):
     project.configure(a_project, STATE, STATE.endpoints)
     assert stat.S_IMODE((a_project / ".dvc" / "config.local").stat().st_mode) == 0o600
@@ -91,6 +100,7 @@ def test_a_store_of_the_users_takes_the_place_of_the_local_one(a_project):
 
 @pytest.mark.parametrize("config", ["", "['remote \"storage\"']\n    url = /mnt/disk\n", "['remote \"other\"']\n    url = s3://x\n"])
 def test_without_a_remote_in_s3_nothing_is_written_for_dvc(a_project, config):
+    (a_project / ".git").mkdir()
     (a_project / ".dvc" / "config").write_text(config)
     project.configure(a_project, STATE, STATE.endpoints)
     assert not (a_project / ".dvc" / "config.local").exists()

@@ -74,6 +74,11 @@ class Curator(MlflowRegistry):
             raise CheckpointError(f"run {run_id}: MLflow has no training of that id; `vrt checkpoints list` and MLflow's pages show what there is")
         return runs[0].data.tags["vrt.lineage"]
 
+    def attempts(self) -> int:
+        """How many attempts the run has had."""
+        with self.guarded() as client:
+            return int(client.get_run(self.run_id).data.tags.get("vrt.attempts", 0))
+
     def tags_of(self, step: int) -> dict[str, str]:
         """What the version of a registered step is tagged with."""
         with self.guarded() as client:

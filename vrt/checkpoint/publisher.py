@@ -69,6 +69,7 @@ class Publisher:
         self._refused_rows: list[str] = []
         self._refusals = 0
         self._notes: dict[str, str] = {}
+        self._files: dict[str, Mapping[str, bytes]] = {}
         self._trouble = ""
         self._finishing = False
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
@@ -111,6 +112,11 @@ class Publisher:
         with self._changed:
             self._notes[key] = text
 
+    def put_beside(self, address: str, files: Mapping[str, bytes]) -> None:
+        """Put small files that are no part of a checkpoint into the store, in the background."""
+        with self._changed:
+            self._files[address] = files
+
     def finish(self, seconds: float, hurry: Callable[[], bool] = lambda: False) -> list[str]:
         """Wait until all is registered and sent, `seconds` at most, and only SECONDS_IN_A_HURRY more once `hurry` says so.
 
@@ -127,6 +133,7 @@ class Publisher:
         with self._changed:
             missing = [*self._refused_rows, *(f"step {step}: {reason}" for step, reason in self._refused.items())]
             missing += [f"step {manifest.step}: {self._trouble or 'not published in time'}" for manifest in self._waiting]
+            missing += [f"{address}: {self._trouble or 'not sent in time'}" for address in self._files]
             if self._rows:
                 missing.append(f"metrics of {len(self._rows)} steps: {self._trouble or 'not sent in time'}")
             return missing
@@ -137,7 +144,7 @@ class Publisher:
             with self._changed:
                 if not (self._waiting or self._ahead or self._finishing):
                     self._changed.wait(pause)
-                if self._finishing and not (self._waiting or self._rows or self._notes):
+                if self._finishing and not (self._waiting or self._rows or self._notes or self._files):
                     return
             try:
                 self._work()
@@ -157,7 +164,7 @@ class Publisher:
     def _work(self) -> None:
         # The first failure ends the round, so metrics come before the checkpoint whose steps they describe.
         with self._changed:
-            rows, notes, manifests = list(self._rows), dict(self._notes), list(self._waiting)
+            rows, notes, files, manifests = list(self._rows), dict(self._notes), dict(self._files), list(self._waiting)
         if rows and self._send(rows):
             with self._changed:
                 del self._rows[: len(rows)]
@@ -165,6 +172,10 @@ class Publisher:
             self._registry.note(key, text)
             with self._changed:
                 self._notes.pop(key)
+        for address, content in files.items():
+            self._store.put_beside(address, content)
+            with self._changed:
+                self._files.pop(address)
         self._upload_ahead()
         for manifest in manifests:
             self._publish(manifest)

@@ -88,6 +88,13 @@ class S3Store:
             for name, content in files.items():
                 client.put_object(Bucket=bucket, Key=f"{key}/{name}", Body=content)
 
+    def beside(self, address: str) -> dict[str, bytes]:
+        """The small files that were put at an address, by name."""
+        keys = self._keys(f"{address}/")
+        with self.guarded(address) as client:
+            bucket, above = split(f"{address}/")
+            return {key.removeprefix(above): client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+
     def _address(self, step: int) -> str:
         return f"{self._prefix}/{step:08d}"
 

@@ -77,6 +77,11 @@ class MlflowRun:
             client.update_run(self.run_id, status="RUNNING")
 
     @property
+    def artifacts_address(self) -> str:
+        """Where the run keeps its files."""
+        return self._artifacts
+
+    @property
     def checkpoints_address(self) -> str:
         """Where the checkpoints of the run are published."""
         return f"{self._artifacts}/checkpoints"

@@ -17,6 +17,7 @@ def configure(project: Path | None, settings: State, chosen: Endpoints) -> None:
     if project is None:
         return
     _configure_dvc(project, chosen)
+    _configure_scm(project)
     if chosen.prefect == settings.endpoints.prefect:
         _configure_prefect(project, settings.endpoints.prefect)
 
@@ -54,6 +55,30 @@ def _configure_dvc(project: Path, chosen: Endpoints) -> None:
     if remote != before:
         write_private(local, "\n".join(config.write()) + "\n")
         log.info("DVC knows the S3 server of its remote %s (%s)", DVC_REMOTE, local)
+
+
+def _configure_scm(project: Path) -> None:
+    """Let DVC work where there is no git, without which it otherwise refuses to do anything."""
+    from configobj import ConfigObj, ConfigObjError
+
+    committed, local = project / ".dvc" / "config", project / ".dvc" / "config.local"
+    if not committed.is_file():
+        return
+    try:
+        config, shared = ConfigObj(_lines(local)), ConfigObj(_lines(committed))
+    except ConfigObjError:
+        # Said already.
+        return
+    under_git = any((folder / ".git").exists() for folder in (project, *project.parents))
+    told = "no_scm" in config.get("core", {})
+    if under_git != told or "no_scm" in shared.get("core", {}):
+        return
+    if under_git:
+        config["core"].pop("no_scm")
+    else:
+        config.setdefault("core", {})["no_scm"] = "true"
+        log.info("there is no git here: DVC works without it (its experiments and comparisons with earlier versions need git)")
+    write_private(local, "\n".join(config.write()) + "\n")
 
 
 def _lines(path: Path) -> list[str]:

@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from vrt.checkpoint.curator import Curator
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
-from vrt.checkpoint.registry import MlflowRegistry
 from vrt.checkpoint.serialize import sha256_of
+from vrt.checkpoint.store import S3Store
 from vrt.checkpoint.tracking import Lineage
 from vrt.data.cli import RAW
 from vrt.data.clips import PreparedData
@@ -20,6 +21,7 @@ from vrt.lifecycle import EXIT_DONE
 from vrt.observe import log
 from vrt.params import Params, fingerprint, load_params
 from vrt.stages import MODEL, PREPARED, REPORTS
+from vrt.stages.provenance import folder_of
 from vrt.stages.selector import Chosen, choose
 from vrt.training.session import EMA, NETWORK, build_network, load_fitting
 
@@ -92,10 +94,19 @@ def load_model(params: Params) -> tuple[torch.nn.Module, Manifest]:
 
 
 def _record(params: Params, manifest: Manifest, metrics: dict[str, float]) -> None:
-    registry = MlflowRegistry(Lineage(params.name, fingerprint(manifest.identity), manifest.identity))
+    registry = Curator(Lineage(params.name, fingerprint(manifest.identity), manifest.identity))
     try:
         if registry.attach():
             registry.record(manifest.step, {f"test/{key}": value for key, value in metrics.items()})
+            _complete_provenance(registry)
     except StoreUnavailable as error:
         # The numbers are in the report that DVC versions; the run is where people look, not where results live.
         log.warning("the test results are not in the MLflow run: %s", error)
+
+
+def _complete_provenance(registry: Curator) -> None:
+    """Keep dvc.lock with the run once more: while the training ran, its own result was not in it yet."""
+    lock = Path("dvc.lock")
+    if lock.exists():
+        folder = folder_of(registry.artifacts_address, registry.attempts())
+        S3Store(registry.checkpoints_address).put_beside(folder, {lock.name: lock.read_bytes()})

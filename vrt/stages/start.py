@@ -1,6 +1,7 @@
 """How a training begins: as a new one, from its newest healthy checkpoint, from an older one, or as a fork."""
 
 import difflib
+import os
 from collections.abc import Callable
 
 from vrt.checkpoint.curator import Curator, lineage_named
@@ -19,6 +20,9 @@ from vrt.stages.adopt import complete_steps, steps_by_part
 from vrt.training.loop import TrainingState
 from vrt.training.session import Parts, put, read, read_what_fits
 
+DVC_EXPERIMENT = "DVC_EXP_NAME"
+"""`dvc exp run` names an experiment so to its stages."""
+
 Note = Callable[[str, str], None]
 """Puts a text under a key on the MLflow run."""
 
@@ -26,14 +30,14 @@ Note = Callable[[str, str], None]
 def refuse_surprise(lineage: Lineage, policy: ResumePolicy) -> None:
     """Before anything of a new lineage exists: raise CheckpointError where an older one of its name was probably meant, saying what changed.
 
-    `never` and `fork` ask for a new one: then it is only said.
+    `never` and `fork` ask for a new one, and so does whoever changes params for an experiment of DVC's: then it is only said.
     """
     registry = Curator(lineage)
     sibling = registry.sibling()
     if sibling is None or registry.attach() or registry.registered() or CheckpointFolder(CHECKPOINTS / lineage.id).steps():
         return
     changed = what_changed(sibling, lineage)
-    if policy.kind in (Kind.NEVER, Kind.FORK):
+    if policy.kind in (Kind.NEVER, Kind.FORK) or (os.environ.get(DVC_EXPERIMENT) and policy.kind is Kind.AUTO):
         log.warning("this is a new training, %s is not continued; changed since: %s", sibling.lineage, "; ".join(changed))
         return
     listed = "".join(f"\n  {line}" for line in changed)

@@ -1,9 +1,7 @@
 """`vrt train`: continue the lineage of the params file from its newest healthy checkpoint, and keep everything safe meanwhile."""
 
-import os
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -34,6 +32,7 @@ from vrt.observe import log
 from vrt.params import Params, fingerprint, flatten, load_params, with_resume
 from vrt.stages import CHECKPOINTS, MODEL, PREPARED, REPORTS
 from vrt.stages.predictor import predictor_files
+from vrt.stages.provenance import code_version, collect, folder_of
 from vrt.stages.reports import write_training_report
 from vrt.stages.run_page import about_checkpoints, run_page
 from vrt.stages.start import refuse_surprise, resume
@@ -84,6 +83,7 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
             return EXIT_CONTINUE_ME
         at_the_end.callback(lease.release)
         with keeping(registry, lease, params, started) as keeper:
+            keeper.publisher.put_beside(folder_of(registry.artifacts_address, registry.attempt), collect(params_path))
             state = build_state(params, device)
             at_the_end.enter_context(keeper.status.reporting(lambda: state.step))
             if resume(state, keeper.folder, keeper.store, keeper.registry, policy, params.train.total_steps, keeper.publisher.note):
@@ -228,14 +228,3 @@ def run_tags(lineage: Lineage) -> dict[str, str]:
         "vrt.torch": torch.__version__,
         "vrt.threads": str(torch.get_num_threads()),
     }
-
-
-def code_version() -> str:
-    """The commit of the code, with "+changes" where the working tree differs; says so where there is no git."""
-    where = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("VRT_CODE_VERSION", "unknown: no git here")
-    return commit + ("+changes" if changed else "")
