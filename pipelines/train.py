@@ -16,10 +16,13 @@ from pipelines.process import run
 from pipelines.project import RECIPES, Project, make, plan
 from pipelines.summary import closing_page
 from pipelines.watch import LauncherGone, NotWanted, Watch, report
+from vrt.lifecycle import RESUME
 
 Recipe = StrEnum("Recipe", {path.stem: path.stem for path in sorted(RECIPES.glob("*.yaml"))})
-RESUME = "VRT_RESUME"
 RESUME_POLICY = r"^(auto|must|never|[0-9]+|fork [A-Za-z0-9][A-Za-z0-9._-]*@[0-9]+)$"
+
+# MLflow or S3 may be gone just when the training is done.
+PAUSES = [10, 30, 60, 120, 300, 300]
 
 
 class GivenUp(RuntimeError):
@@ -77,7 +80,7 @@ def evaluate(project: Project) -> None:
     run(["dvc", "repro", "--pull", "evaluate"], get_run_logger(), project.folder).check()
 
 
-@task(name="verify what is registered", cache_policy=NO_CACHE)
+@task(name="verify what is registered", cache_policy=NO_CACHE, retries=len(PAUSES), retry_delay_seconds=PAUSES)
 def verify(project: Project) -> list[dict[str, Any]]:
     """Read the newest checkpoint back from the store, byte by byte. Returns all checkpoints of the training."""
     logger = get_run_logger()
@@ -87,7 +90,7 @@ def verify(project: Project) -> list[dict[str, Any]]:
     return checkpoints
 
 
-@task(name="push data and models", cache_policy=NO_CACHE)
+@task(name="push data and models", cache_policy=NO_CACHE, retries=len(PAUSES), retry_delay_seconds=PAUSES)
 def push(project: Project) -> None:
     run(["dvc", "push"], get_run_logger(), project.folder).check()
 

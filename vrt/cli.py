@@ -7,10 +7,7 @@ from pathlib import Path
 
 from vrt.checkpoint.errors import StoreUnavailable
 from vrt.checkpoint.phases import Phase
-from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNAVAILABLE, launchers
-
-RESUME = "VRT_RESUME"
-"""What a launcher that can't change the command line says instead of --resume."""
+from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNAVAILABLE, RESUME, launchers
 
 
 def main(argv: list[str] | None = None) -> int:

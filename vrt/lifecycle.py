@@ -21,6 +21,9 @@ EXIT_INTERRUPTED = 130
 EXIT_CONTINUE_ME = 75
 """Stopped early with everything saved: start it again and it goes on (75 is EX_TEMPFAIL of sysexits.h)."""
 
+RESUME = "VRT_RESUME"
+"""What a launcher that can't change the command line of `vrt train` says instead of --resume."""
+
 SECONDS_BETWEEN_LOOKS = 0.5
 
 Launchers = list[tuple[int, int]]

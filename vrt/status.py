@@ -1,7 +1,6 @@
 """How a training stands, in one small file: whoever launched it reads there what no server needs to be asked for."""
 
 import json
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,7 +63,7 @@ class StatusFile:
             self.update(registered=max(self._status.registered, step))
 
     def _write(self) -> None:
-        unfinished = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        unfinished = self._path.with_name(f".{self._path.name}.new")
         try:
             unfinished.write_text(json.dumps(asdict(self._status), indent=1) + "\n", encoding="utf-8")
             unfinished.replace(self._path)

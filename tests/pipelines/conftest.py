@@ -5,7 +5,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,8 @@ class Worker:
         """What the run shows in Prefect, by key."""
         with temporary_settings({PREFECT_API_URL: self.workspace.environment["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
             of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
-            return {artifact.key: artifact.data for artifact in client.read_artifacts(artifact_filter=of_run)}
+            found = sorted(client.read_artifacts(artifact_filter=of_run), key=lambda artifact: artifact.created)
+        return {artifact.key: artifact.data for artifact in found}
 
     def wait_for(self, text: str) -> None:
         self.workspace.wait_for(text, self.process)
@@ -67,21 +69,22 @@ class Worker:
         return [child for child in self.process.children(recursive=True) if child.cmdline()[-3:] == ["-m", "vrt", "train"]]
 
 
-@pytest.fixture
-def work(make_workspace) -> Iterator[Callable[[str], Worker]]:
-    """Starts a worker in a workspace of that name."""
-    started: list[subprocess.Popen] = []
-
-    def start(name: str) -> Worker:
-        workspace = make_workspace(name)
-        process = workspace.start("pipelines", start_new_session=True)
-        started.append(process)
+@contextmanager
+def at_work(workspace) -> Iterator[Worker]:
+    """A worker in the workspace. One at a time: all of them would take runs from the session's one server."""
+    process = workspace.start("pipelines", start_new_session=True)
+    try:
         workspace.wait_for("started!", process)
-        return Worker(workspace, psutil.Process(process.pid))
-
-    yield start
-    for process in started:
+        yield Worker(workspace, psutil.Process(process.pid))
+    finally:
         kill_tree(process)
+
+
+@pytest.fixture(scope="module")
+def worker(make_workspace) -> Iterator[Worker]:
+    """The worker of a test module."""
+    with at_work(make_workspace("flow")) as worker:
+        yield worker
 
 
 def kill_tree(process: subprocess.Popen) -> None:

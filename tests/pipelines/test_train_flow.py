@@ -3,7 +3,10 @@
 import re
 
 import psutil
+import pytest
+from mlflow import MlflowClient
 
+from tests.browser import needs_browser, shows
 from tests.same_training import assert_same_training
 
 ENDLESS = {"train.total_steps": 100_000}
@@ -15,19 +18,22 @@ def in_workspace(worker, name: str):
     return folder
 
 
-def test_crashed_and_preempted_a_run_completes_as_if_nothing_had_happened(work, uninterrupted):
-    worker = work("flow")
-    workspace = worker.workspace
-
+@pytest.fixture(scope="module")
+def finished(worker):
+    """The id of a run that was killed once, preempted once, and completed."""
     run = worker.start("train/vrt", {"VRT_KILL_AT": "step:14"}, retry_pause=0)
     worker.wait_for("continuing after step")
     worker.wait_for("checkpoint 16 registered")
     (trainer,) = worker.trainers()
     trainer.terminate()
-
     found = worker.settled(run)
-    log = workspace.log.read_text()
-    assert found.state_name == "Completed", log
+    assert found.state_name == "Completed", worker.workspace.log.read_text()
+    return run
+
+
+def test_crashed_and_preempted_a_run_completes_as_if_nothing_had_happened(worker, finished, uninterrupted):
+    run = finished
+    workspace, log = worker.workspace, worker.workspace.log.read_text()
     assert_same_training(uninterrupted, workspace)
     shown = worker.artifacts(run)
     attempts = [line.split(" | ") for line in shown["result"].splitlines() if re.match(r"\| \d \| ", line)]
@@ -37,6 +43,7 @@ def test_crashed_and_preempted_a_run_completes_as_if_nothing_had_happened(work, 
     assert "/runs/" in shown["mlflow-run"] and "/runs/" in shown["result"]
     assert re.search(r"\| 24 \| \d+\.\d\d dB \| \d+\.\d MB \| yes \|", shown["result"]), shown["result"]
     assert "checkpoint 24 registered" in worker.prefect("flow-run", "logs", run), "the stages' output belongs in the flow's log"
+    assert "was killed; its run in MLflow says so now" in log
     assert re.search(r"\d+ files? pushed", log), log
 
     again = workspace.run("dvc", "repro")
@@ -45,9 +52,28 @@ def test_crashed_and_preempted_a_run_completes_as_if_nothing_had_happened(work, 
     assert "Data and pipelines are up to date" in again.stdout
 
 
-def test_what_goes_wrong_again_and_again_fails_and_what_is_not_wanted_saves_and_ends(work):
-    worker = work("ends")
+@needs_browser
+def test_the_pages_show_what_people_look_for(worker, finished):
+    run = finished
+    environment, name = worker.workspace.environment, worker.workspace.name
+    prefect, mlflow = environment["PREFECT_API_URL"].removesuffix("/api"), environment["MLFLOW_TRACKING_URI"]
+    shows(f"{prefect}/runs/flow-run/{run}", "Completed", f"training:{name}", "6 Task runs", "Logs", "Artifacts")
+    shows(f"{prefect}/artifacts", "mlflow-run", "The run in MLflow", "training", "step 24 of 24, newest registered 24", "What came of the training")
+    form = worker.look(run).deployment_id
+    shows(f"{prefect}/deployments/deployment/{form}/run", "One of recipes/, instead of the project's params.yaml", "Only say what would be done")
+    client = MlflowClient(mlflow)
+    newest = client.get_model_version_by_alias(f"vrt-{name}", "latest-step")
+    lineage = newest.tags["lineage"]
+    experiment = client.get_run(newest.run_id).info.experiment_id
+    of_run = f"{mlflow}/#/experiments/{experiment}/runs/{newest.run_id}"
+    shows(of_run, lineage, "Finished", "remove noise", f'vrt train --resume "fork {lineage}@24"', "val/psnr", "test/psnr", f"vrt-{name}")
+    shows(f"{of_run}/system-metrics", "system/cpu_utilization_percentage")
+    tags = ("code_version", "data_version", "dvc_data", "recipe", "attempt", "psnr", "ssim", "loss", "digest", "bytes")
+    shows(f"{mlflow}/#/models/vrt-{name}/versions/{newest.version}", "Step 24 of", "its files", "@ latest-step", lineage, *tags)
+    shows(f"{mlflow}/#/models/vrt-{name}", "@ latest-step", "@ best", "psnr")
 
+
+def test_what_goes_wrong_again_and_again_fails_and_what_is_not_wanted_saves_and_ends(worker):
     crashing = worker.start("train/vrt", {"VRT_KILL_AT": "write:1"}, overrides={"name": "crashing"}, retry_pause=0)
     found = worker.settled(crashing)
     assert found.state_name == "Failed"

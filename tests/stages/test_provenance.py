@@ -111,7 +111,7 @@ def test_without_git_everything_works_and_says_what_is_not_recorded(make_workspa
     workspace.edit(train__total_steps=2, train__checkpoint_every=2, train__validate_every=2)
     ended = workspace.run("dvc", "repro")
     assert ended.returncode == 0, ended.stdout
-    assert "there is no git here: the run records" in ended.stdout
+    assert "without git the run records params, environment and data, but not the commit" in ended.stdout
     assert workspace.run("dvc", "push").returncode == 0
     ((lineage, tags),) = lineages(workspace).items()
     assert tags["vrt.code_version"] == "unknown: no git here"

@@ -49,11 +49,17 @@ class Curator(MlflowRegistry):
                 log.warning("step %d stays marked as being downloaded for a while: %s", step, error)
 
     def unregister(self, step: int) -> None:
-        """Take every version of a step out of the registry, and let the aliases point to what is left."""
+        """Let the aliases point to what is left without a step, then take every version of it out of the registry.
+
+        Raises CheckpointError where it is the champion.
+        """
         with self.guarded() as client:
-            for version in self._of_step(client, step):
+            going = self._of_step(client, step)
+            if self._aliases(client).get(CHAMPION) in [str(version.version) for version in going]:
+                raise CheckpointError(f"{self.lineage.id} step {step} is the champion: promote another one first (`vrt promote`)")
+            self._point_aliases(client, [version for version in self._versions(client) if int(version.tags["step"]) != step])
+            for version in going:
                 client.delete_model_version(self.lineage.model, version.version)
-            self._point_aliases(client, self._versions(client))
 
     def led_to(self, alias: str) -> tuple[str, int] | None:
         """The lineage and step that an alias of the model points to; None: there is no such alias."""

@@ -187,10 +187,11 @@ class Publisher:
             files, self._ahead = self._ahead, []
         if not files:
             return
+        registered = self._registry.registered()
         for step, file in files:
             # What is registered is never overwritten, not even by a training that goes the same way again.
             self._check_fence()
-            if step not in self._registry.registered():
+            if step not in registered:
                 try:
                     self._store.upload(step, file, self._folder.path)
                 except OSError as error:

@@ -28,7 +28,7 @@ def collect(params: Path) -> dict[str, bytes]:
     """The files that record where this process and its inputs come from, by name. Says in the log what can't be recorded."""
     code = code_here()
     if "commit" not in code:
-        log.warning("there is no git here: the run records %s, params and environment, but not the commit or changes of the code", code["version"])
+        log.warning("without git the run records params, environment and data, but not the commit or the changes of the code (%s)", code["version"])
     files = {CODE: json.dumps(code, indent=1).encode(), ENVIRONMENT: json.dumps(environment(), indent=1).encode()}
     if code.get("changed"):
         changes = _git("diff", "HEAD", "--binary").encode(errors="surrogateescape")

@@ -1,0 +1,116 @@
+"""What a flow run survives, and what the next one takes over from it: killed workers, killed runs, vanished machines, servers that go away."""
+
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import psutil
+import pytest
+
+from tests.pipelines.conftest import at_work as working
+from tests.same_training import assert_same_training
+from vrt.services import local, process, servers
+
+pytestmark = pytest.mark.long
+ENDLESS = {"train.total_steps": 100_000}
+
+
+@pytest.fixture
+def worker(make_workspace, request):
+    """A worker of the test's own: it won't live long."""
+    with working(make_workspace(request.node.name.split("[")[0][-20:])) as worker:
+        yield worker
+
+
+def begun(worker, **parameters) -> str:
+    """The id of a run that trains by now."""
+    run = worker.start("train/vrt", retry_pause=0, **parameters)
+    worker.wait_for("checkpoint 4 registered")
+    return run
+
+
+@contextmanager
+def another(worker):
+    """A new worker in the place of one that died."""
+    with working(worker.workspace) as other:
+        worker.process = other.process
+        yield
+
+
+def nothing_left(processes) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=90)
+    assert not alive
+
+
+def test_when_the_flow_is_killed_the_trainer_saves_and_ends_and_the_next_run_completes_it(worker, uninterrupted):
+    run = begun(worker)
+    everything = worker.process.children(recursive=True)
+    (engine,) = (child for child in everything if "prefect.engine" in child.cmdline())
+    mine = engine.children(recursive=True)
+    engine.kill()
+    nothing_left(mine)
+    assert worker.settled(run).state_name == "Crashed"
+    assert worker.settled(worker.start("train/vrt", retry_pause=0)).state_name == "Completed"
+    assert_same_training(uninterrupted, worker.workspace)
+
+
+def test_when_the_worker_is_killed_everything_saves_and_ends_and_the_next_run_completes_it(worker, uninterrupted):
+    run = begun(worker)
+    everything = worker.process.children(recursive=True)
+    (prefects,) = (child for child in worker.process.children() if "worker" in child.cmdline())
+    prefects.kill()
+    nothing_left([worker.process, *everything])
+    assert worker.look(run).state_name == "Crashed"
+    with another(worker):
+        assert worker.settled(worker.start("train/vrt", retry_pause=0)).state_name == "Completed"
+    assert_same_training(uninterrupted, worker.workspace)
+
+
+def test_a_machine_that_vanished_is_found_out_and_the_next_run_is_accepted_within_two_minutes(worker, uninterrupted):
+    run = begun(worker)
+    everything = [worker.process, *worker.process.children(recursive=True)]
+    for signalled in (signal.SIGSTOP, signal.SIGKILL):
+        # Stopped first: none of them may see another die.
+        for each in everything:
+            each.send_signal(signalled)
+    vanished = time.monotonic()
+    with another(worker):
+        following = worker.start("train/vrt", retry_pause=0)
+        worker.wait_for("Running stage 'train'")
+        assert time.monotonic() - vanished < 150, "two minutes, and what a worker takes to start"
+        assert worker.settled(run).state_name == "Crashed"
+        assert worker.settled(following).state_name == "Completed"
+    assert_same_training(uninterrupted, worker.workspace)
+
+
+def test_while_prefect_is_gone_a_training_goes_on_and_afterwards_it_can_be_cancelled(worker, local_services):
+    run = begun(worker, overrides=ENDLESS)
+    mark = servers.mark("prefect", local_services.home / "services")
+    process.stop([mark])
+    worker.wait_for("Prefect does not take")
+    time.sleep(130)
+    worker.workspace.log.write_text("")
+    worker.wait_for("registered")
+    trainers = worker.trainers()
+    local.up(local_services.home)
+    worker.wait_for("Prefect takes the state of the run again")
+    assert worker.look(run).state_name == "Running"
+
+    worker.prefect("flow-run", "cancel", run)
+
+    nothing_left(trainers)
+    assert "received SIGTERM" in worker.workspace.log.read_text()
+    assert worker.settled(run).state_name in ("Cancelled", "Crashed")
+
+
+def test_a_flow_called_in_python_needs_no_server(make_workspace, uninterrupted):
+    workspace = make_workspace("direct")
+    script = "from pipelines.train import train; train(retry_pause=0)"
+    environment = {key: value for key, value in workspace.environment.items() if key != "PREFECT_API_URL"}
+    (workspace.root / "prefect.toml").unlink()
+    environment["PREFECT_HOME"] = str(workspace.root / "prefect-home")
+    ended = subprocess.run([sys.executable, "-c", script], cwd=workspace.root, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert_same_training(uninterrupted, workspace)
