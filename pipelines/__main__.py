@@ -19,6 +19,11 @@ def main() -> int:
     os.chdir(PROJECT)
     _prefect("work-pool", "create", POOL, "--type", "process", "--overwrite")
     _prefect("--no-prompt", "deploy", "--all")
+    # Prefect reads its address when it is imported.
+    from pipelines import heartbeat
+
+    heartbeat.ensure()
+    print("deployed train/vrt, evaluate/vrt, promote/vrt and restore/vrt (prefect.yaml); this works for them until Ctrl-C", flush=True)
     # In a group of its own, because Ctrl-C on a terminal reaches all of a group.
     worker = subprocess.Popen([sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"], process_group=0)
     received: list[int] = []
@@ -48,7 +53,13 @@ def end_runs(worker: subprocess.Popen) -> None:
 
 
 def _prefect(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "prefect", *arguments], check=True)
+    """Run a command of Prefect's; it is heard only where it fails, since it explains at length."""
+    ended = subprocess.run([sys.executable, "-m", "prefect", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if ended.returncode:
+        print(ended.stdout)
+        raise SystemExit(
+            f"`prefect {' '.join(arguments)}` failed (exit code {ended.returncode}); `vrt services status` shows whether Prefect answers"
+        )
 
 
 if __name__ == "__main__":
