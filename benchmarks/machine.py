@@ -2,26 +2,19 @@
 
 import os
 import platform
-from pathlib import Path
 
 import torch
+
+from vrt.machine import processor
 
 
 def describe() -> dict[str, str]:
     """Platform, processor, cores, torch and its threads, and the accelerator, if there is one."""
     facts = {
         "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": str(os.cpu_count()),
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
     }
     return facts | ({"accelerator": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

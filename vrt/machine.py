@@ -1,5 +1,6 @@
-"""How busy the machine is, under the names that MLflow shows among a run's system metrics."""
+"""What the machine is, and how busy it is, under the names that MLflow shows among a run's system metrics."""
 
+import platform
 import time
 from pathlib import Path
 
@@ -8,6 +9,15 @@ import torch
 
 SECONDS_BETWEEN_SAMPLES = 10.0
 MB = 1e6
+
+
+def processor() -> str:
+    """The model of the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 class MachineUse:

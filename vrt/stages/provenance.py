@@ -11,6 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import torch
 
+from vrt.machine import processor
 from vrt.observe import log
 
 LARGEST_DIFF = 5_000_000
@@ -74,19 +75,11 @@ def environment() -> dict:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "packages": dict(sorted((found.metadata["Name"].lower(), found.version) for found in distributions())),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _has_git() -> bool:
