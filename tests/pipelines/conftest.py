@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -72,7 +73,10 @@ class Worker:
 @contextmanager
 def at_work(workspace) -> Iterator[Worker]:
     """A worker in the workspace. One at a time: all of them would take runs from the session's one server."""
+    # As in a terminal, even where the tests themselves run under nohup: there, outliving who launched it is what one asks for.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = workspace.start("pipelines", start_new_session=True)
+    signal.signal(signal.SIGHUP, before)
     try:
         workspace.wait_for("started!", process)
         yield Worker(workspace, psutil.Process(process.pid))

@@ -18,9 +18,9 @@ ENDLESS = {"train.total_steps": 100_000}
 
 
 @pytest.fixture
-def worker(make_workspace, request):
+def worker(make_workspace):
     """A worker of the test's own: it won't live long."""
-    with working(make_workspace(request.node.name.split("[")[0][-20:])) as worker:
+    with working(make_workspace("killed")) as worker:
         yield worker
 
 
