@@ -28,6 +28,12 @@ from vrt.training.loop import take_step
 from vrt.training.session import build_state
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
+# As a registered checkpoint has.
+AS_MANY_TAGS = {
+    **dict.fromkeys(("digest", "data_version", "code_version"), "0" * 64),
+    **dict.fromkeys(("val_psnr", "val_ssim", "train_loss"), "30.0625"),
+    **dict.fromkeys(("bytes", "attempt", "recipe", "dvc_data"), "24832896"),
+}
 AIM_OF_STEP, AIM_SECONDS, AIM_VERSIONS = 0.01, 0.5, 500
 
 
@@ -69,7 +75,7 @@ def lookups(registry: Curator, sizes: list[int], rounds: int) -> dict[int, float
     found, made = {}, 0
     for size in sizes:
         for step in range(made + 1, size + 1):
-            tags = {"step": str(step), "lineage": registry.lineage.id, "digest": "0" * 64, "val_psnr": "30.0", "bytes": "1", "attempt": "1"}
+            tags = AS_MANY_TAGS | {"step": str(step), "lineage": registry.lineage.id}
             source = f"{registry.checkpoints_address}/{step:08d}"
             client.create_model_version(registry.lineage.model, source, run_id=registry.run_id, tags=tags, await_creation_for=None)
         made = size

@@ -68,9 +68,9 @@ def test_the_pages_show_what_people_look_for(worker, finished):
     of_run = f"{mlflow}/#/experiments/{experiment}/runs/{newest.run_id}"
     shows(of_run, lineage, "Finished", "remove noise", f'vrt train --resume "fork {lineage}@24"', "val/psnr", "test/psnr", f"vrt-{name}")
     shows(f"{of_run}/system-metrics", "system/cpu_utilization_percentage")
-    tags = ("code_version", "data_version", "dvc_data", "recipe", "attempt", "psnr", "ssim", "loss", "digest", "bytes")
+    tags = ("code_version", "data_version", "dvc_data", "recipe", "attempt", "val_psnr", "val_ssim", "train_loss", "digest", "bytes")
     shows(f"{mlflow}/#/models/vrt-{name}/versions/{newest.version}", "Step 24 of", "its files", "@ latest-step", lineage, *tags)
-    shows(f"{mlflow}/#/models/vrt-{name}", "@ latest-step", "@ best", "psnr")
+    shows(f"{mlflow}/#/models/vrt-{name}", "@ latest-step", "@ best", "val_psnr")
 
 
 def test_what_goes_wrong_again_and_again_fails_and_what_is_not_wanted_saves_and_ends(worker):

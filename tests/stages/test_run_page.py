@@ -21,7 +21,7 @@ def entry(step: int, **measured: str) -> dict[str, str]:
 
 
 def test_the_page_says_what_is_trained_how_to_go_on_and_what_there_is(params):
-    page = run_page(params, LINEAGE, ABOUT, [entry(80, psnr="21.9", ssim="0.49", loss="0.08"), entry(40)])
+    page = run_page(params, LINEAGE, ABOUT, [entry(80, val_psnr="21.9", val_ssim="0.49", train_loss="0.08"), entry(40)])
     assert "learns to **remove noise**, on the data set **quickstart** (digest `dddddddddddd`, DVC `abc.dir`), by the recipe **quickstart**" in page
     assert "dvc repro" in page
     assert 'vrt train --resume "fork quickstart-0123456789@80"' in page

@@ -17,6 +17,7 @@ BEST = "best"
 CHAMPION = "champion"
 """Aliases of a registered model, which all trainings of its name share: the newest step and the highest validation PSNR of the one that
 registered last; and the checkpoint that `vrt promote` chose."""
+SHOWN = ("val/psnr", "val/ssim", "train/loss")
 PINNED = "pinned"
 HELD = "held-"
 """Begins the tags that say who downloads a version since when."""
@@ -161,12 +162,10 @@ class MlflowRegistry(MlflowRun):
 
 
 def _facts(manifest: Manifest) -> dict[str, str]:
-    """The tags of a version."""
-    measured = {key.replace("/", "_"): f"{value:.6g}" for key, value in manifest.metrics.items()}
-    short = {"psnr": "val_psnr", "ssim": "val_ssim", "loss": "train_loss"}
-    found = {name: measured[key] for name, key in short.items() if key in measured}
+    """The tags of a version, no more than people look for: each costs time whenever all versions are listed. The manifest has the rest."""
+    shown = {key.replace("/", "_"): f"{manifest.metrics[key]:.6g}" for key in SHOWN if key in manifest.metrics}
     facts = {"step": str(manifest.step), "lineage": manifest.lineage, "digest": manifest.digest, "bytes": str(manifest.size)}
-    return facts | measured | found | manifest.origin
+    return facts | shown | {key: manifest.origin[key] for key in ("attempt", "code_version") if key in manifest.origin}
 
 
 def _registered(version, champion: str | None) -> Registered:

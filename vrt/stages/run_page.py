@@ -55,7 +55,7 @@ def run_page(params: Params, lineage: Lineage, about: Mapping[str, str], entries
 
 def _row(lineage: Lineage, entry: Mapping[str, str]) -> str:
     version = f"[{entry['version']}](#/models/{lineage.model}/versions/{entry['version']})"
-    measured = [entry.get(key, "") for key in ("psnr", "ssim", "loss")]
+    measured = [entry.get(key, "") for key in ("val_psnr", "val_ssim", "train_loss")]
     size = f"{int(entry['bytes']) / 1e6:.1f} MB"
     cells = [entry["step"], *measured, size, entry.get("attempt", ""), version, f"`{entry['digest'][:12]}`"]
     return f"| {' | '.join(cells)} |"
