@@ -64,6 +64,9 @@ def test_the_aliases_lead_to_the_newest_and_the_best_that_are_left_and_the_champ
     assert led_to() == {"latest-step": "140", "best": "100"}
     client.set_registered_model_alias(model, "champion", client.get_model_version_by_alias(model, "best").version)
     assert [one.step for one in curator.registered().values() if one.champion] == [100]
+    with pytest.raises(CheckpointError, match=r"step 100 is the champion: promote another one first \(`vrt promote`\)"):
+        curator.unregister(100)
+    client.delete_registered_model_alias(model, "champion")
     for step in (140, 100, 120):
         curator.unregister(step)
     assert led_to() == {"latest-step": "80", "best": "80"}
