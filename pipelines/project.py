@@ -31,7 +31,9 @@ class Project:
     @property
     def key(self) -> str:
         """Tells trainings apart before their data are prepared: of one key, only one may run."""
-        return f"{self.params.name}-{fingerprint(self.params.identity())[:10]}"
+        resume = self.params.checkpoints.resume
+        identity = self.params.identity() | ({"fork": resume} if resume.startswith("fork") else {})
+        return f"{self.params.name}-{fingerprint(identity)[:10]}"
 
     @property
     def status(self) -> Path:

@@ -48,10 +48,11 @@ def train_to_the_end(project: Project, resume: str, retry_pause: float) -> list[
     attempts: list[Attempt] = []
     # A policy other than auto asks for something to be trained, whatever DVC believes to be up to date.
     command = ["dvc", "repro", "--pull", "train"] if resume == "auto" else ["dvc", "repro", "--single-item", "--force", "train"]
+    told = {} if resume == "auto" else {RESUME: resume}
     while not attempts or attempts[-1].end is not End.DONE:
         with Watch(project.status, logger) as watch:
             started = time.time()
-            ended = run(command, logger, project.folder, {RESUME: resume}, watch.interruption)
+            ended = run(command, logger, project.folder, told, watch.interruption)
             attempts.append(Attempt(end_of(ended.code), ended.code, started, watch.status(), "\n".join(ended.tail)))
             if attempts[-1].end is End.DONE:
                 break
@@ -110,12 +111,15 @@ def train(
     Args:
         recipe: One of recipes/, instead of the project's params.yaml.
         overrides: Other values of params, by dotted key, such as {"name": "wide", "train.total_steps": 400}.
-        resume: auto (go on from the newest registered step, else begin), must (go on, or fail), never (begin anew),
+        resume: auto (as the params say: go on from the newest registered step, else begin), must (go on, or fail), never (begin anew),
             a step to go back to, or "fork LINEAGE@STEP" (branch off another training).
         retry_pause: Seconds before a training that crashed is started again; they grow while it registers nothing new.
         dry_run: Only say what would be done.
     """
     logger = get_run_logger()
+    if resume.startswith("fork"):
+        # A fork is a training of its own: every stage has to know it, not the trainer alone.
+        overrides, resume = overrides | {"checkpoints.resume": resume}, "auto"
     project = plan(recipe, overrides)
     pull()
     make(project)

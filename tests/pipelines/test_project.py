@@ -23,6 +23,8 @@ def test_a_recipe_and_values_train_in_a_workspace_that_the_same_training_finds_a
     assert one.params.optimizer.lr == 1e-3 and one.params.train.total_steps == 10
     assert one.folder == longer.folder == PROJECT / ".vrt/workspaces" / one.key
     assert other.folder != one.folder
+    forked = plan("006_videodeblurring_GoPro", {"train.total_steps": 20, "checkpoints.resume": "fork other-0123456789@8"})
+    assert forked.folder not in (one.folder, other.folder)
 
 
 @pytest.mark.parametrize(
