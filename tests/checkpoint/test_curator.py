@@ -32,6 +32,14 @@ def test_what_is_pinned_or_held_shows_to_everybody_until_it_is_over(curator):
     assert not any(one.pinned or one.held for one in other.registered().values())
 
 
+def test_the_latest_is_the_newest_step_whenever_it_was_registered(curator, commit, folder):
+    assert curator.latest().step == 60
+    # As a repair does.
+    curator.register(commit(folder, 50, lineage=curator.lineage.id), "s3://mlflow/x/00000050", folder.path)
+    assert curator.latest() == curator.registered()[60]
+    assert Curator(Lineage("nobody", "0" * 16, {})).latest() is None
+
+
 def test_a_hold_whose_owner_was_killed_expires(curator, monkeypatch):
     with curator.hold(20):
         monkeypatch.setattr(registry_module, "LONGEST_HOLD", registry_module.LONGEST_HOLD * 0)

@@ -18,6 +18,8 @@ CHAMPION = "champion"
 """Aliases of a registered model, which all trainings of its name share: the newest step and the highest validation PSNR of the one that
 registered last; and the checkpoint that `vrt promote` chose."""
 SHOWN = ("val/psnr", "val/ssim", "train/loss")
+NEWEST = 50
+"""Versions that are looked through for the newest step: more than are ever registered again out of order (`vrt checkpoints repair`)."""
 PINNED = "pinned"
 HELD = "held-"
 """Begins the tags that say who downloads a version since when."""
@@ -56,6 +58,17 @@ class MlflowRegistry(MlflowRun):
             champion = self._aliases(client).get(CHAMPION) if versions else None
         found = [_registered(version, champion) for version in versions]
         return {one.step: one for one in found}
+
+    def latest(self) -> Registered | None:
+        """The newest registered step, found without listing all there are: steps are registered in their order, or nearly so.
+
+        What is continued from is decided from all of them (`registered`).
+        """
+        with self.guarded() as client:
+            mine = f"name = '{self.lineage.model}' and tags.lineage = '{self.lineage.id}'"
+            found = self._ours(client.search_model_versions(mine, max_results=NEWEST, order_by=["version_number DESC"]))
+        newest = max(found, key=lambda version: int(version.tags["step"]), default=None)
+        return _registered(newest, None) if newest else None
 
     def entries(self) -> list[dict[str, str]]:
         """The tags of every registered checkpoint of this lineage, and its version as "version", the newest step first."""

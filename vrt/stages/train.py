@@ -133,7 +133,8 @@ def keeping(registry: Curator, lease: Lease, params: Params, started: float) -> 
 
     describe()
     store = S3Store(registry.checkpoints_address)
-    newest = max(registry.registered(), default=0)
+    latest = registry.latest()
+    newest = latest.step if latest else 0
     of_this_attempt = TrainingStatus(registry.lineage.id, registry.page, registry.attempt, started, params.train.total_steps, registered=newest)
     status = StatusFile(STATUS, of_this_attempt)
 
