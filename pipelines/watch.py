@@ -119,8 +119,8 @@ class Watch:
             if state.type in UNWANTED:
                 # The worker's own signal comes first, unless an outage made it deaf.
                 self._reason = f"the flow run is {state.name.lower()}"
-            elif state.type is StateType.CRASHED:
-                # Its heartbeats were missed, as after an outage; but it lives.
+            elif state.type is StateType.CRASHED and not self._left.is_set():
+                # Its heartbeats were missed, as after an outage; but it lives. (Once this watch is left, it may have crashed indeed.)
                 client.set_flow_run_state(run, Running(message="was thought crashed, but goes on"), force=True)
 
 

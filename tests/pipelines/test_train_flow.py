@@ -8,14 +8,9 @@ from mlflow import MlflowClient
 
 from tests.browser import needs_browser, shows
 from tests.same_training import assert_same_training
+from vrt.status import read_status
 
 ENDLESS = {"train.total_steps": 100_000}
-
-
-def in_workspace(worker, name: str):
-    """The folder that the flow trains in, for a training of that name."""
-    (folder,) = (worker.workspace.root / ".vrt" / "workspaces").glob(f"{name}-*")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -92,20 +87,21 @@ def test_what_goes_wrong_again_and_again_fails_and_what_is_not_wanted_saves_and_
     assert trainers
     worker.prefect("flow-run", "cancel", cancelled)
     assert worker.settled(cancelled).state_name == "Cancelled"
-    assert_saved_and_gone(worker, trainers)
+    assert_saved_and_gone(worker, "cancelled", trainers)
 
     stopped = worker.start("train/vrt", overrides=ENDLESS | {"name": "stopped"})
     worker.wait_for("checkpoint 4 registered")
     everything = worker.process.children(recursive=True)
     worker.process.terminate()
-    assert_saved_and_gone(worker, everything)
+    assert_saved_and_gone(worker, "stopped", everything)
     assert worker.process.wait(60) == 0
     assert worker.look(stopped).state_name == "Crashed"
 
 
-def assert_saved_and_gone(worker, processes) -> None:
+def assert_saved_and_gone(worker, name: str, processes) -> None:
+    """All processes have ended, and the last step that was trained is registered; asked of the trainer's own status: logs end with their worker."""
     _, alive = psutil.wait_procs(processes, timeout=90)
     assert not alive
-    said = worker.workspace.log.read_text()
-    step = re.search(r"stopping after step (\d+): received SIGTERM", said)[1]
-    assert f"checkpoint {step} registered" in said
+    (path,) = (worker.workspace.root / ".vrt" / "workspaces").glob(f"{name}-*/checkpoints/status.json")
+    status = read_status(path, since=0.0)
+    assert status.step >= 4 and status.registered == status.step and status.error == ""

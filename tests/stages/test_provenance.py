@@ -104,6 +104,7 @@ def test_a_training_is_reproduced_with_its_code_params_and_data_and_an_experimen
     assert len(lineages(workspace)) == 2
 
 
+@pytest.mark.long
 def test_without_git_everything_works_and_says_what_is_not_recorded(make_workspace, local_services):
     workspace = make_workspace("nogit")
     shutil.rmtree(workspace.root / ".git")

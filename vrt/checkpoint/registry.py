@@ -178,7 +178,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
     """The tags of a version, no more than people look for: each costs time whenever all versions are listed. The manifest has the rest."""
     shown = {key.replace("/", "_"): f"{manifest.metrics[key]:.6g}" for key in SHOWN if key in manifest.metrics}
     facts = {"step": str(manifest.step), "lineage": manifest.lineage, "digest": manifest.digest, "bytes": str(manifest.size)}
-    return facts | shown | {key: manifest.origin[key] for key in ("attempt", "code_version") if key in manifest.origin}
+    return facts | shown | {key: manifest.origin[key] for key in ("attempt", "code_version", "parent") if key in manifest.origin}
 
 
 def _registered(version, champion: str | None) -> Registered:
