@@ -38,17 +38,17 @@ def main() -> int:
 
 
 def end_runs(worker: subprocess.Popen) -> None:
-    """Let the worker take no more runs, and end those it has: by itself it would wait for them, and trainings take days."""
+    """End the runs that the worker has, then the worker: by itself it would wait for them, and trainings take days."""
     try:
         runs = psutil.Process(worker.pid).children()
     except psutil.NoSuchProcess:
         return
-    worker.terminate()
     for run in runs:
         if run.is_running():
             run.terminate()
+    # Not before they have ended: they speak through it, and it tells Prefect of them.
     psutil.wait_procs(runs, timeout=2 * SECONDS_TO_SAVE)
-    # It keeps nothing, and was seen to stay for ever once its runs were gone.
+    # It keeps nothing, and was seen to stay for ever once it was told to end.
     worker.kill()
 
 
