@@ -6,6 +6,7 @@ from prefect import flow, get_run_logger
 from pydantic import Field
 
 from pipelines.process import run
+from pipelines.project import pull_raw_data
 from pipelines.watch import report
 
 Selector = Annotated[str, Field(min_length=1)]
@@ -20,7 +21,7 @@ def evaluate(checkpoint: Selector = "latest", dataset: str | None = None) -> Non
         dataset: A folder below data/raw/, whose test clips are used; nothing: that of params.yaml.
     """
     logger = get_run_logger()
-    run(["dvc", "pull", "--allow-missing", "--recursive", "data/raw"], logger).check()
+    pull_raw_data(logger)
     chosen = ["--dataset", dataset] if dataset else []
     ended = run(["vrt", "evaluate", "--checkpoint", checkpoint, *chosen], logger, answers=True).check()
     report(f"```\n{ended.answer.strip()}\n```", "evaluation", f"{checkpoint} on {dataset or 'the data set of params.yaml'}", logger)

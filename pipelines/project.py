@@ -9,7 +9,7 @@ from typing import Any
 from configobj import ConfigObj
 from ruamel.yaml import YAML
 
-from pipelines.process import PROJECT
+from pipelines.process import PROJECT, Logger, run
 from vrt.params import Params, fingerprint
 from vrt.status import STATUS
 from vrt.typed_yaml import ParamsError, parse, read_yaml
@@ -92,3 +92,11 @@ def make(project: Project) -> None:
     config.write()
     with open(project.folder / PARAMS, "w", encoding="utf-8") as file:
         YAML().dump(project.params.model_dump(mode="json"), file)
+
+
+def pull_raw_data(logger: Logger) -> None:
+    """Fetch the data sets that people added themselves.
+
+    Not everything: that would put the outputs of dvc.lock in place of newer ones.
+    """
+    run(["dvc", "pull", "--allow-missing", "--recursive", str(RAW)], logger).check()

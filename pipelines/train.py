@@ -13,7 +13,7 @@ from pydantic import Field
 from pipelines.attempts import LONGEST_PAUSE, Attempt, End, decide, end_of, table
 from pipelines.exclusive import InUse, the_only_run_of
 from pipelines.process import run
-from pipelines.project import RECIPES, Project, make, plan
+from pipelines.project import RECIPES, Project, make, plan, pull_raw_data
 from pipelines.summary import closing_page
 from pipelines.watch import LauncherGone, NotWanted, Watch, report
 from vrt.lifecycle import RESUME
@@ -31,8 +31,7 @@ class GivenUp(RuntimeError):
 
 @task(name="pull data", cache_policy=NO_CACHE)
 def pull() -> None:
-    # Only what people added themselves. `dvc pull` of everything would put the outputs of dvc.lock in place of newer ones.
-    run(["dvc", "pull", "--allow-missing", "--recursive", "data/raw"], get_run_logger()).check()
+    pull_raw_data(get_run_logger())
 
 
 @task(name="prepare data", cache_policy=NO_CACHE)

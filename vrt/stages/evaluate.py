@@ -23,7 +23,7 @@ from vrt.params import Params, fingerprint, load_params
 from vrt.stages import MODEL, PREPARED, REPORTS
 from vrt.stages.provenance import folder_of
 from vrt.stages.selector import Chosen, choose
-from vrt.training.session import EMA, NETWORK, build_network, load_fitting
+from vrt.training.session import build_network, load_fitting, released
 
 OTHERS = Path("data/.prepared-for-evaluation")
 """Data sets that are only evaluated on."""
@@ -84,7 +84,7 @@ def load_model(params: Params) -> tuple[torch.nn.Module, Manifest]:
     if not folder.steps():
         raise CheckpointError(f"{MODEL}: no trained model here; run `dvc repro train` (or `dvc pull` where it was trained elsewhere)")
     manifest = folder.manifest(folder.steps()[0])
-    file = manifest.file(f"_{EMA}") or manifest.file(f"_{NETWORK}")
+    file = released(manifest)
     path = MODEL / file.name
     if not path.is_file() or sha256_of(path) != file.sha256:
         raise CheckpointError(f"{path}: missing, or not what its manifest says; run `dvc checkout {MODEL}`, or `dvc repro train` to write it again")

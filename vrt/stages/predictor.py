@@ -13,7 +13,7 @@ import vrt
 from vrt.checkpoint.manifest import Manifest
 from vrt.params import Noise, Params
 from vrt.serving import SETTINGS
-from vrt.training.session import EMA, NETWORK
+from vrt.training.session import released
 
 CODE = "code.zip"
 SHIPPED = (
@@ -30,7 +30,7 @@ def predictor_files(params: Params) -> Callable[[Manifest], Mapping[str, bytes]]
     environment = _yaml({"python": platform.python_version(), "build_dependencies": ["pip"], "dependencies": ["-r requirements.txt"]})
 
     def files(manifest: Manifest) -> dict[str, bytes]:
-        weights = manifest.file(f"_{EMA}") or manifest.file(f"_{NETWORK}")
+        weights = released(manifest)
         if weights is None:
             return {}
         settings = {

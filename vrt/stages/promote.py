@@ -56,6 +56,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Execute the command. Raises ValueError or RuntimeError, whose messages are for the user."""
     from vrt.checkpoint.errors import CheckpointError
+    from vrt.checkpoint.registry import CHAMPION
     from vrt.checkpoint.resume import State
     from vrt.observe import log
     from vrt.services import load_environment
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if candidate.desk is None or candidate.candidate is None or not candidate.candidate.registered:
         raise CheckpointError(f"{candidate.name}: only a registered checkpoint can become the champion; `vrt train` registers them")
     registry, step = candidate.desk.registry, candidate.candidate.step
-    reigning = registry.led_to("champion")
+    reigning = registry.led_to(CHAMPION)
     champion = f"{reigning[0]}@{reigning[1]}" if reigning else None
     to_beat = measured(choose(champion, args.params)) if champion and champion != candidate.name else None
     found = measured(candidate)

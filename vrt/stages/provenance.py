@@ -44,7 +44,7 @@ def collect(params: Path) -> dict[str, bytes]:
 def code_here() -> dict:
     """The commit of the code, the branch, whether tracked files differ, which are not tracked, and the remote without any credentials."""
     version = code_version()
-    if version.startswith("unknown") or "VRT_CODE_VERSION" in os.environ and not _has_git():
+    if not _has_git():
         return {"version": version}
     return {
         "version": version,

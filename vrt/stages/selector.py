@@ -16,7 +16,7 @@ from vrt.model.network import VRT
 from vrt.params import Params, load_params, trained_as
 from vrt.stages import CHECKPOINTS
 from vrt.stages.checkpoints import Desk, fetch_step, open_desk
-from vrt.training.session import EMA, NETWORK, build_network, load_fitting
+from vrt.training.session import build_network, load_fitting, released
 
 FETCHED = CHECKPOINTS / "fetched"
 """Checkpoints that were only used, apart from those of trainings in this folder."""
@@ -53,7 +53,7 @@ def choose(selector: str, params_path: Path) -> Chosen:
     desk, candidate = find(selector, params, params_path)
     folder, manifest = _bring(desk, candidate)
     own = trained_as(params, manifest.identity)
-    weights = manifest.file(f"_{EMA}") or manifest.file(f"_{NETWORK}")
+    weights = released(manifest)
     if weights is None:
         raise CheckpointError(f"{manifest.lineage} step {manifest.step}: it has no weights")
     network = build_network(own.network)

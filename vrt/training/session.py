@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vrt.checkpoint.errors import CheckpointError
-from vrt.checkpoint.manifest import Manifest
+from vrt.checkpoint.manifest import FileEntry, Manifest
 from vrt.checkpoint.publisher import Publisher
 from vrt.checkpoint.saver import Saver
 from vrt.checkpoint.serialize import fitting, load, misfits, optimizer_misfits
@@ -145,6 +145,11 @@ def _name(manifest: Manifest, suffix: str) -> str:
     if file is None:
         raise CheckpointError(f"{manifest.lineage} step {manifest.step}: the checkpoint has no {suffix}; a training can't continue from it")
     return file.name
+
+
+def released(manifest: Manifest) -> FileEntry | None:
+    """The weights of a checkpoint that people use: E where it was kept, else G; None: it has neither."""
+    return manifest.file(f"_{EMA}") or manifest.file(f"_{NETWORK}")
 
 
 class SnapshotSink:
