@@ -24,7 +24,7 @@ VALID = """
 name: small
 seed: 1
 degradation: {kind: noise, sigma_min: 30, sigma_max: 30, sigma_test: 30}
-data: {dataset: small, workers: 0}
+data: {dataset: small, workers: 0, damaged: stop}
 network:
   upscale: 1
   img_size: [6, 48, 48]
@@ -60,7 +60,7 @@ train:
   validate_every: 40
   checkpoint_every: 40
 checkpoints: {resume: auto, keep_last: 3, keep_every: 0, keep_best: 1, most_failed_saves: 0}
-evaluate: {tile: [6, 96, 96], overlap: [2, 16, 16]}
+evaluate: {tile: [6, 96, 96], overlap: [2, 16, 16], measured: all}
 """
 
 
@@ -126,7 +126,11 @@ MISTAKES = {
     "missing key": ({"train.crop": None}, ["train.crop: found nothing; expected a value"]),
     "missing section": ({"evaluate": None}, ["evaluate: found nothing; expected a value"]),
     "missing kind": ({"degradation.kind": None}, ["degradation.kind: found nothing; expected one of the kinds"]),
-    "wrong kind": ({"degradation.kind": "blur"}, ["degradation:", "'blur'", "'noise', 'bicubic', 'blur_down', 'recorded', 'between'"]),
+    "wrong kind": ({"degradation.kind": "blur"}, ["degradation:", "'blur'", "'noise', 'bicubic', 'blur_down', 'motion_blur', 'recorded', 'between'"]),
+    "an even exposure": (
+        {"degradation": {"kind": "motion_blur", "frames": 4}},
+        ["frames is 4; expected an odd number, such as 5"],
+    ),
     "text for a number": ({"optimizer.lr": "fast"}, ['optimizer.lr: found "fast"; input should be a valid number']),
     "fraction for a count": ({"train.batch_size": 1.5}, ["train.batch_size: found 1.5; input should be a valid integer"]),
     "boolean for a count": ({"seed": True}, ["seed: found true; input should be a valid integer"]),
@@ -275,10 +279,10 @@ def test_a_folder_is_no_params_file(tmp_path: Path):
 
 # What may change while a training goes on. It is spelled out here again on purpose: a new knob has to be put on one side.
 FREE = {
-    *("name", "data.workers", "train.total_steps", "train.deterministic", "train.activation_checkpointing", "train.threads"),
+    *("name", "data.workers", "data.damaged", "train.total_steps", "train.deterministic", "train.activation_checkpointing", "train.threads"),
     *("train.log_every", "train.validate_every", "train.checkpoint_every"),
     *("checkpoints.resume", "checkpoints.keep_last", "checkpoints.keep_every", "checkpoints.keep_best", "checkpoints.most_failed_saves"),
-    *("evaluate.tile", "evaluate.overlap"),
+    *("evaluate.tile", "evaluate.overlap", "evaluate.measured"),
 }
 # A second legal value for each knob, where adding 1 to a number does not make one.
 OTHERS = {
@@ -288,6 +292,8 @@ OTHERS = {
     "checkpoints.resume": "must",
     "degradation.sigma_min": 29,
     "data.dataset": "another",
+    "data.damaged": "skip",
+    "evaluate.measured": "centre",
     "network.depths": [3, 2, 2, 2, 2, 2, 2, 1, 1],
     "network.indep_reconsts": [],
     "network.embed_dims": [32] * 7 + [24, 24],

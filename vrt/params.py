@@ -16,7 +16,7 @@ from vrt.typed_yaml import ParamsError, Section, parse, read_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 FREE = {
-    *("name", "data.workers", "train.total_steps", "train.deterministic", "train.activation_checkpointing", "train.threads"),
+    *("name", "data.workers", "data.damaged", "train.total_steps", "train.deterministic", "train.activation_checkpointing", "train.threads"),
     *("train.log_every", "train.validate_every", "train.checkpoint_every"),
 }
 """What may change under a training without making it another one, beside the sections `checkpoints` and `evaluate`."""
@@ -59,6 +59,20 @@ class BlurDown(Section):
     """Standard deviation of the blur in pixels of the ground truth; 1.6 in the papers."""
 
 
+class MotionBlur(Section):
+    """Deblurring from sharp frames alone: the mean of consecutive frames of a fast camera, to be restored to the middle one."""
+
+    kind: Literal["motion_blur"]
+    frames: Annotated[int, Field(ge=3)]
+    """Sharp frames that one blurred frame is the mean of; odd, so that one is in the middle. 7 to 13 in the published sets, at 240 per second."""
+
+    @model_validator(mode="after")
+    def _odd(self) -> "MotionBlur":
+        if self.frames % 2 == 0:
+            raise ValueError(f"frames is {self.frames}; expected an odd number, such as {self.frames + 1}: the truth is the frame in the middle")
+        return self
+
+
 class Recorded(Section):
     """The degraded frames are part of the data set, beside the sharp ones: deblurring, and whatever else a camera did."""
 
@@ -71,7 +85,7 @@ class Between(Section):
     kind: Literal["between"]
 
 
-Degradation = Annotated[Noise | Bicubic | BlurDown | Recorded | Between, Field(discriminator="kind")]
+Degradation = Annotated[Noise | Bicubic | BlurDown | MotionBlur | Recorded | Between, Field(discriminator="kind")]
 
 
 class Data(Section):
@@ -79,6 +93,9 @@ class Data(Section):
     """The folder below `data/raw/`, made by `vrt data import` or shipped (`quickstart`)."""
     workers: NotNegative
     """Processes that load samples beside the trainer; 0 loads in the trainer itself. Changes no result."""
+    damaged: Literal["stop", "skip"]
+    """What happens where a clip can't be read: `stop` the training, or `skip` it, draw another in its place, and count them in the
+    metric `data/skipped`."""
 
 
 class Network(Section):
@@ -228,6 +245,8 @@ class Evaluate(Section):
     """Frames, height and width of the input that is restored at once; with `between`, the frames that are made at once."""
     overlap: tuple[NotNegative, NotNegative, NotNegative]
     """Frames and pixels that neighbouring tiles share; with `between` no frames, since each is made on its own."""
+    measured: Literal["all", "centre"]
+    """Which frames of a clip are compared with the truth: all, or the one in the middle, as results on Vimeo-90K are published."""
 
     @model_validator(mode="after")
     def _smaller(self) -> "Evaluate":

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vrt.data.clips import PreparedData, writing
+from vrt.data.clips import PreparedData
 from vrt.data.prepare import prepare
+from vrt.data.writing import writing
 from vrt.params import Params
 from vrt.typed_yaml import parse, read_yaml
 

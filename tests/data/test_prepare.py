@@ -1,16 +1,20 @@
 """`prepare`: the same bytes every time, all or nothing."""
 
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
+import vrt.data.prepare
 from vrt.data.clips import DataError, PreparedData
 from vrt.data.prepare import CLIP_FRAMES, prepare
 
@@ -89,14 +93,82 @@ def test_a_killed_prepare_leaves_the_old_data_set(few: Path, tmp_path: Path, coo
     assert contents(coordinates.root) == contents(prepare(few, tmp_path / "fresh").root)
 
 
-def test_a_failed_prepare_leaves_the_old_data_set_and_nothing_else(images: Path, coordinates: PreparedData):
+def test_a_failed_prepare_leaves_the_old_data_set_and_the_next_goes_on(images: Path, coordinates: PreparedData, tmp_path: Path, monkeypatch):
     before = contents(coordinates.root)
     (images / "frames" / "100.png").write_bytes(b"no image")
-    beside = sorted(coordinates.root.parent.iterdir())
     with pytest.raises(DataError, match=r"100.png: expected an image"):
         prepare(images, coordinates.root)
     assert contents(coordinates.root) == before
-    assert sorted(coordinates.root.parent.iterdir()) == beside
+
+    Image.fromarray(frame(100)).save(images / "frames" / "100.png")
+    Image.fromarray(frame(50)).save(images / "frames" / "0.png")
+    packed = []
+    pack = vrt.data.prepare.pack_clip
+    monkeypatch.setattr(vrt.data.prepare, "pack_clip", lambda *args, **kwargs: packed.append(args[2]) or pack(*args, **kwargs))
+    prepare(images, coordinates.root)
+    # The first clip was finished, but its source has changed since; the third was finished and is taken over.
+    assert sorted(packed) == ["000000", "000094", "000164", "000234"]
+    assert contents(coordinates.root) == contents(prepare(images, tmp_path / "fresh").root)
+    assert [path.name for path in coordinates.root.parent.iterdir() if path.suffix not in {".lock", ""}] == []
+
+
+def test_processes_side_by_side_make_the_same(images: Path, tmp_path: Path, monkeypatch):
+    alone = prepare(images, tmp_path / "alone")
+    monkeypatch.setattr(vrt.data.prepare, "FRAMES_WORTH_PROCESSES", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    assert contents(prepare(images, tmp_path / "together").root) == contents(alone.root)
+
+
+def test_a_killed_process_is_an_error_that_says_what_to_do(images: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(vrt.data.prepare, "FRAMES_WORTH_PROCESSES", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(vrt.data.prepare, "_packed", _die)
+    with pytest.raises(RuntimeError, match="a process that packed clips was killed, .*; run the same again: finished clips stay"):
+        prepare(images, tmp_path / "prepared")
+
+
+def _die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+KILLED_WITH_PROCESSES = """
+import os, sys
+from pathlib import Path
+import vrt.data.prepare as prepare
+if __name__ == "__main__":
+    prepare.FRAMES_WORTH_PROCESSES = 1
+    os.sched_getaffinity = lambda _: {0, 1}
+    prepare.prepare(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def spawned_by(parent: subprocess.Popen) -> list[psutil.Process]:
+    return [child for child in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_processes_end_with_their_killed_parent(tmp_path: Path):
+    raw = tmp_path / "raw"
+    (raw / "sharp").mkdir(parents=True)
+    (raw / "dataset.yaml").write_text("kind: clips\nrecorded: false\n")
+    os.mkfifo(raw / "pipe")
+    for number, split in enumerate(["train", "val", "test"]):
+        (raw / "sharp" / str(number)).mkdir()
+        # Nobody ever writes into it: who reads it waits for ever.
+        os.link(raw / "pipe", raw / "sharp" / str(number) / "0.png")
+        (raw / f"{split}.txt").write_text(f"{number}\n")
+    script = tmp_path / "script.py"
+    script.write_text(KILLED_WITH_PROCESSES)
+    parent = subprocess.Popen([sys.executable, script, raw, tmp_path / "prepared"])
+    deadline = time.monotonic() + 60
+    while len(workers := spawned_by(parent)) < 2:
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    for worker in alive:
+        worker.kill()
+    assert not alive
 
 
 def test_ranges_become_clips_of_limited_even_length(images: Path, tmp_path: Path):

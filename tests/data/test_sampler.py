@@ -1,8 +1,8 @@
 """Samples are a function of (seed, step, index), complete, evenly spread, and degraded consistently."""
 
+import dataclasses
 import itertools
-import multiprocessing
-import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from vrt.data.clips import DataError, PreparedData
+from vrt.data.clips import Clip, DataError, PreparedData
 from vrt.data.degradations import bicubic_downsample, blur_downsample
-from vrt.data.sampler import Batch, check_sampling, evaluation_clip, training_batch, training_batches, training_sample
+from vrt.data.sampler import Batch, check_sampling, evaluation_clip, training_batch, training_sample
 
 SMALL = {"train.crop": 16, "train.frames": 4, "train.batch_size": 2}
 BICUBIC = {"degradation": {"kind": "bicubic", "scale": 4}, "network.upscale": 4, **SMALL}
@@ -70,42 +70,51 @@ def test_a_sample_does_not_depend_on_the_rest_of_its_batch(coordinates: Prepared
     assert torch.equal(degraded, five.degraded[4]) and torch.equal(truth, five.truth[4])
 
 
-def test_a_restart_in_between_sees_the_same_batches(coordinates: PreparedData, make_params):
-    params = make_params(SMALL)
-    whole = list(training_batches(coordinates, params, 1, 6))
-    assert [step for step, _ in whole] == [1, 2, 3, 4, 5, 6]
-    resumed = list(training_batches(coordinates, params, 4, 6))
-    assert all(one[0] == two[0] and same(one[1], two[1]) for one, two in zip(whole[3:], resumed, strict=True))
+def damage(data: PreparedData, clip: Clip) -> None:
+    path = data.root / clip.file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
-def test_workers_change_nothing(coordinates: PreparedData, make_params):
-    alone = list(training_batches(coordinates, make_params(SMALL), 3, 12))
-    state = torch.get_rng_state()
-    helped = training_batches(coordinates, make_params({**SMALL, "data.workers": 2}), 3, 12)
-    first = [next(helped), next(helped)]
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    groups = {os.getpgid(worker.pid) for worker in workers}
-    assert os.getpgid(0) not in groups, "a signal to the trainer's group reaches its workers"
-    assert all(one[0] == two[0] and same(one[1], two[1]) for one, two in zip(alone, [*first, *helped], strict=True))
-    assert torch.equal(torch.get_rng_state(), state), "the trainer's own random numbers were used"
+def test_a_damaged_clip_stops_the_training_or_is_skipped_as_the_params_say(coordinates: PreparedData, make_params):
+    sound = [training_batch(coordinates, make_params(SMALL), step) for step in range(1, 9)]
+    a, b = coordinates.clips("train")
+    # Another copy: what was read is trusted from then on.
+    copied = dataclasses.replace(coordinates, root=shutil.copytree(coordinates.root, coordinates.root.with_name("copied")))
+    damage(copied, a)
+    skipping = [training_batch(copied, make_params({**SMALL, "data.damaged": "skip"}), step) for step in range(1, 9)]
+    count = 0
+    for step, (whole, batch) in enumerate(zip(sound, skipping), start=1):
+        for index in range(2):
+            mine = [reason for reason in batch.skipped if reason.startswith(f"step {step}, sample {index}, clip train/a")]
+            count += len(mine)
+            assert batch.truth[index].equal(whole.truth[index]) == (not mine)
+            # Red is the frame; those of clip b count from 100.
+            assert batch.truth[index, 0, 0].min() * 255 >= 100
+    assert count > 4 and sum(len(batch.skipped) for batch in skipping) == count
+    assert same(training_batch(copied, make_params({**SMALL, "data.damaged": "skip"}), 3), skipping[2])
+
+    with pytest.raises(DataError, match=r"step \d, sample \d, clip train/a .*: expected SHA-256 .*, or set data.damaged: skip to train without it"):
+        for step in range(1, 9):
+            training_batch(copied, make_params(SMALL), step)
+    lost = dataclasses.replace(coordinates, root=shutil.copytree(copied.root, coordinates.root.with_name("lost")))
+    damage(lost, b)
+    with pytest.raises(DataError, match=r"10 clips drawn one after another can't be read; the last: step 1, sample 0, clip train/[ab] "):
+        training_batch(lost, make_params({**SMALL, "data.damaged": "skip"}), 1)
 
 
-def test_a_worker_that_can_t_read_names_step_and_clip_and_ends(coordinates: PreparedData, make_params):
-    for clip in coordinates.clips("train"):
-        os.truncate(coordinates.root / clip.file, 200)
-    batches = training_batches(coordinates, make_params({**SMALL, "data.workers": 1}), 5, 8)
-    with pytest.raises(DataError, match=r"step 5, sample 0, clip train/[ab] \(\d frames of \d+x\d+\): .*train/[ab].npy: expected clip"):
-        next(batches)
-    assert multiprocessing.active_children() == []
-
-
-def test_ending_early_ends_the_workers(coordinates: PreparedData, make_params):
-    batches = training_batches(coordinates, make_params({**SMALL, "data.workers": 1}), 1, 1000)
-    next(batches)
-    assert len(multiprocessing.active_children()) == 1
-    batches.close()
-    assert multiprocessing.active_children() == []
+def test_motion_blur_is_the_mean_of_frames_around_the_sharp_one(coordinates: PreparedData, make_params):
+    params = make_params({**SMALL, "train.frames": 2, "degradation": {"kind": "motion_blur", "frames": 3}})
+    degraded, truth = training_sample(coordinates, params, 1, 0)
+    assert degraded.shape == truth.shape == (2, 3, 16, 16)
+    # Red counts frames, and nothing else moves: the mean of three is the one in the middle.
+    assert torch.allclose(degraded, truth, atol=1e-6) and (truth[1, 0] - truth[0, 0]).mul(255).round().eq(3).all()
+    whole = evaluation_clip(coordinates, params, coordinates.clips("test")[0])
+    assert whole.degraded.shape == whole.truth.shape == (1, 2, 3, 21, 26)
+    assert (whole.truth[0, :, 0, 0, 0] * 255).round().tolist() == [221, 224]
+    with pytest.raises(DataError, match=r"clip train/b .*: expected at least 9 frames for train.frames = 3, found 7"):
+        check_sampling(coordinates, make_params({**SMALL, "train.frames": 3, "degradation": {"kind": "motion_blur", "frames": 3}}))
 
 
 def test_every_window_and_every_turn_occurs_and_pixels_stay_together(coordinates: PreparedData, make_params):
@@ -290,7 +299,7 @@ def test_an_evaluation_clip_is_cut_to_a_multiple_of_the_scale(coordinates: Prepa
 )
 def test_clips_too_small_are_refused_before_the_first_batch(coordinates: PreparedData, make_params, changes: dict, message: str):
     with pytest.raises(DataError, match=message):
-        training_batches(coordinates, make_params({**SMALL, **changes}), 1, 5)
+        check_sampling(coordinates, make_params({**SMALL, **changes}))
 
 
 def test_a_split_without_clips_is_refused(tmp_path, coordinate_clip, write_data, make_params):

@@ -6,7 +6,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from vrt.data.clips import PreparedData, writing
+from vrt.data.clips import PreparedData
+from vrt.data.writing import writing
 from vrt.evaluation.metrics import PERFECT_DB, quality
 from vrt.evaluation.report import verdict
 from vrt.evaluation.run import evaluate
@@ -96,7 +97,7 @@ def test_every_frame_in_between_is_made_from_its_own_neighbours(tmp_path, params
     pixels = (texture(15, 50, 66, seed=4) * 255).round().byte()
     with writing(tmp_path / "video", "sample") as writer:
         writer.add("test", "lake", 15, pixels.permute(0, 2, 3, 1).contiguous().numpy())
-    between = kind(params, {"kind": "between"}, 4).model_copy(update={"evaluate": Evaluate(tile=tile, overlap=(0, 8, 8))})
+    between = kind(params, {"kind": "between"}, 4).model_copy(update={"evaluate": Evaluate(tile=tile, overlap=(0, 8, 8), measured="all")})
     network = MiddleOfFour()
     evaluation = evaluate(network, PreparedData.open(tmp_path / "video"), between, "test")
     assert len(network.sizes) == tiles and {size[1:3] for size in network.sizes} == {(4, 3)}

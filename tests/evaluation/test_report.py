@@ -49,6 +49,16 @@ def test_clips_csv_holds_a_row_per_clip(better, tmp_path):
             assert float(row[name]) == round(value, 4)
 
 
+def test_table_md_has_psnr_and_ssim_as_papers_print_them(better, tmp_path):
+    write_report(better, tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0] == "| clip | frames | input | restored | input (Y) | restored (Y) |"
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [["| lake", "5"], ["| tree", "5"], ["| **mean**", "10"]]
+    found = better.means
+    assert lines[-1].split(" | ")[3] == f"{found.restored.psnr:.2f}/{found.restored.ssim:.4f}"
+    assert lines[-1].endswith(f" | {found.restored.psnr_y:.2f}/{found.restored.ssim_y:.4f} |")
+
+
 def test_comparison_png_shows_the_worst_crop_of_every_clip(better, tmp_path):
     write_report(better, tmp_path)
     pixels = np.asarray(Image.open(tmp_path / "comparison.png"))
@@ -62,7 +72,7 @@ def test_the_same_evaluation_writes_the_same_bytes_and_nothing_else(better, tmp_
     write_report(better, tmp_path / "deep" / "a")
     write_report(better, tmp_path / "deep" / "b")
     names = sorted(os.listdir(tmp_path / "deep" / "a"))
-    assert names == ["clips.csv", "comparison.png", "metrics.json"]
+    assert names == ["clips.csv", "comparison.png", "metrics.json", "table.md"]
     for name in names:
         assert (tmp_path / "deep" / "a" / name).read_bytes() == (tmp_path / "deep" / "b" / name).read_bytes()
 
@@ -78,7 +88,7 @@ def test_a_report_that_fails_leaves_the_old_file_whole(better, worse, tmp_path, 
     with pytest.raises(OSError):
         write_report(worse, tmp_path)
     assert (tmp_path / "metrics.json").read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ["clips.csv", "comparison.png", "metrics.json"]
+    assert sorted(os.listdir(tmp_path)) == ["clips.csv", "comparison.png", "metrics.json", "table.md"]
 
 
 def test_the_table_has_a_row_per_clip_and_the_mean(better):

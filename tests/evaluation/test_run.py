@@ -11,7 +11,7 @@ from vrt.params import Evaluate, Params
 
 
 def with_tile(params: Params, tile: Size, overlap: Size = (0, 0, 0)) -> Params:
-    return params.model_copy(update={"evaluate": Evaluate(tile=tile, overlap=overlap)})
+    return params.model_copy(update={"evaluate": Evaluate(tile=tile, overlap=overlap, measured="all")})
 
 
 def test_a_network_that_undoes_the_degradation_is_perfect(noisy_data, params, shift):
@@ -50,6 +50,17 @@ def test_restored_clips_are_measured_against_their_own_truth(noisy_data, params,
     evaluation = evaluate(shift(-0.03), noisy_data, params, "test")
     assert evaluation.metrics()["psnr"] == pytest.approx(psnr(degraded - 0.03, truth).mean().item(), abs=1e-4)
     assert evaluation.metrics()["ssim_y"] == pytest.approx(ssim_y(degraded - 0.03, truth).mean().item(), abs=1e-6)
+
+
+def test_the_centre_frame_alone_is_measured_where_the_params_say_so(make_data, params, shift, texture):
+    truth = texture(7, 80, 100, seed=3) * 0.8
+    degraded = truth.clone()
+    degraded[3] += 0.1
+    centre = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"measured": "centre"})})
+    row = evaluate(shift(-0.05), make_data({"test": {"septuplet": (degraded, truth)}}), centre, "test").rows[0]
+    assert (row.frames, row.worst.frame) == (1, 3)
+    assert row.scores.input.psnr == pytest.approx(20, abs=0.2)
+    assert row.scores.restored.psnr == pytest.approx(psnr(degraded[3] - 0.05, truth[3]).item(), abs=1e-9)
 
 
 def test_the_input_of_super_resolution_is_its_clamped_bicubic_enlargement(make_data, params_x4, enlarge, texture):

@@ -12,8 +12,9 @@ import torch
 
 from vrt import cli
 from vrt.data.importing import import_dataset
+from vrt.data.loading import training_batches
 from vrt.data.prepare import prepare
-from vrt.data.sampler import training_batches, window_frames
+from vrt.data.sampler import window_frames
 from vrt.evaluation.run import evaluate
 from vrt.observe import log
 from vrt.params import Params, flatten, load_params
@@ -65,7 +66,7 @@ def shrunk(recipe: Path) -> Params:
     train |= {"total_steps": 2, "batch_size": 2, "crop": crop, "validate_every": 2, "checkpoint_every": 2, "threads": 1}
     tree["data"]["workers"] = 0
     tree["optimizer"]["flow_frozen_steps"] = min(1, tree["optimizer"]["flow_frozen_steps"])
-    tree["evaluate"] = {"tile": [tree["evaluate"]["tile"][0], 16, 16], "overlap": [tree["evaluate"]["overlap"][0], 4, 4]}
+    tree["evaluate"] |= {"tile": [tree["evaluate"]["tile"][0], 16, 16], "overlap": [tree["evaluate"]["overlap"][0], 4, 4]}
     return parse(Params, tree, recipe)
 
 

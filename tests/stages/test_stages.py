@@ -50,7 +50,7 @@ def test_evaluate_reads_exactly_the_params_that_dvc_yaml_lists(make_workspace, m
 
 def test_train_lists_every_section_but_the_name_of_the_data_set(make_workspace):
     stages = YAML(typ="safe").load((make_workspace("lists").root / "dvc.yaml").read_text())["stages"]
-    expected = (set(Params.model_fields) - {"data"}) | {"data.workers"}
+    expected = (set(Params.model_fields) - {"data"}) | {"data.workers", "data.damaged"}
     assert set(stages["train"]["params"]) == expected
     assert stages["prepare"]["params"] == ["data.dataset"]
 
@@ -91,8 +91,14 @@ TWO_WORKERS = {"data__workers": 2, "train__batch_size": 2}
 
 @pytest.mark.parametrize(
     "changes",
-    [SUPER_RESOLUTION, NON_BLIND, INTERPOLATION, WITHOUT_EMA, TWO_WORKERS],
-    ids=["x4", "non-blind", "between", "no EMA", "workers"],
+    [
+        # The recipes' own tests train these in the test's process; here whole commands do.
+        pytest.param(SUPER_RESOLUTION, marks=pytest.mark.long, id="x4"),
+        pytest.param(NON_BLIND, marks=pytest.mark.long, id="non-blind"),
+        pytest.param(WITHOUT_EMA, marks=pytest.mark.long, id="no EMA"),
+        pytest.param(INTERPOLATION, id="between"),
+        pytest.param(TWO_WORKERS, id="workers"),
+    ],
 )
 def test_every_kind_of_training_trains_resumes_and_is_evaluated(make_workspace, changes):
     workspace = make_workspace("kind")

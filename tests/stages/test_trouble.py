@@ -59,6 +59,7 @@ def test_a_full_outbox_folder_is_shown_loudly_and_nothing_saved_before_is_lost(m
     assert "continuing after step 4 of 8 (registered)" in recovered.stdout
 
 
+@pytest.mark.long
 def test_a_truncated_checkpoint_is_set_aside_and_fetched_again(make_workspace):
     workspace = make_workspace("truncated")
     workspace.edit(train__total_steps=4)

@@ -5,7 +5,7 @@ This module and `registry` are all that import MLflow.
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -162,6 +162,16 @@ class MlflowRun:
             for key, value in metrics.items():
                 if shown.get(key) != value:
                     client.log_metric(self.run_id, key, value, step=step)
+
+    def put_table(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Keep records with the run as the table `name`.json, which MLflow's pages show as one; nothing where the run has it already."""
+        columns = list(records[0])
+        file = f"{name}.json"
+        with self.guarded() as client:
+            folder = os.path.dirname(file)
+            if any(found.path == file for found in client.list_artifacts(self.run_id, folder)):
+                return
+            client.log_table(self.run_id, {column: [record[column] for record in records] for column in columns}, file)
 
     def note(self, key: str, text: str) -> None:
         """Put a tag on the run that a person should see, such as why a save failed."""

@@ -59,6 +59,22 @@ def blur_reach(scale: int, sigma: float) -> int:
     return math.ceil((len(gaussian_weights(sigma)) - scale) / 2 / scale)
 
 
+def motion_blur(clip: Tensor, frames: int) -> Tensor:
+    """(D, 3, H, W) -> (D / frames, 3, H, W): the mean of each `frames` consecutive frames, as a shutter that stays open for them sees.
+
+    As GoPro's blurred frames are made from a high-speed camera's (Nah et al., "Deep multi-scale convolutional neural network for dynamic
+    scene deblurring", CVPR 2017, their set without gamma). Raises ValueError where D is no multiple of `frames`.
+    """
+    if len(clip) % frames:
+        raise ValueError(
+            f"motion blur: expected a number of frames divisible by {frames}, found {len(clip)}; cut the clip to {len(clip) // frames * frames}"
+        )
+    total = torch.zeros_like(clip[::frames])
+    for offset in range(frames):
+        total += clip[offset::frames]
+    return total / frames
+
+
 def gaussian_weights(sigma: float) -> np.ndarray:
     """(2 ceil(3 sigma) + 2,) weights, sum 1, symmetric about the point between the middle two."""
     side = 2 * math.ceil(3 * sigma) + 2

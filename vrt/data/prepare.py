@@ -1,63 +1,145 @@
 """`vrt prepare`: make the clips of `data/prepared/` from what `data/raw/NAME/` describes.
 
-The same input gives the same bytes. Sources are decoded as a stream: a long video is never in memory.
+The same input gives the same bytes. Sources are decoded as a stream: a long video is never in memory. Clips that lie in files of their own
+are packed side by side, a process a core; after an interruption those that are finished are not packed again.
 """
 
-from collections.abc import Iterator
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 
-from vrt.data.clips import SPLITS, PreparedData, Split, writing
-from vrt.data.dataset import RECORDED, SHARP, Clips, Dataset, Frames, FrameSplits, Synthetic, listed_clips, load_dataset
+from vrt.data.clips import SPLITS, Clip, PreparedData, Split
+from vrt.data.dataset import RECORDED, SHARP, Clips, Frames, FrameSplits, Synthetic, Video, listed_clips, load_dataset
 from vrt.data.decoding import image_frames, image_paths, paired, video_frames
 from vrt.data.synthetic import cut_regions, load_photographs, render_clip
-from vrt.observe import log, progress
+from vrt.data.writing import Writer, pack_clip, writing
+from vrt.observe import Bar, log, progress
 
 # Longest clip: keeps validation of one clip within memory, and the clips of a long video even in length.
 CLIP_FRAMES = 100
 
 
+# Below, other processes take longer to start than to pack.
+FRAMES_WORTH_PROCESSES = 1000
+
+Decode = Callable[[], Iterator[np.ndarray]]
+"""Begins to yield frames, each uint8 (H, W, 3), in whatever process calls it."""
+
+
 @dataclass(frozen=True)
 class RawClip:
-    """A clip to be stored; `pixels` yields `frames` frames, each uint8 (H, W, 3), and must be used up before the next clip."""
+    """A clip to be packed."""
 
     split: Split
     name: str
     frames: int
-    pixels: Iterator[np.ndarray]
-    recorded: Iterator[np.ndarray] | None = None
-    """The degraded frames recorded beside them, if the data set has some."""
+    pixels: Decode
+    source: str
+    """Stands for all it is made of."""
+    recorded: Decode | None = None
+    """The degraded frames recorded beside it, if the data set has some."""
 
 
 def prepare(raw: Path, prepared: Path) -> PreparedData:
     """Make `prepared` from the data set in the folder `raw`; an error or a kill leaves `prepared` as it was.
 
-    Raises DataError or ParamsError, which name the file and what is wrong with it.
+    Raises DataError or ParamsError, which name the file and what is wrong with it, or RuntimeError where a process was killed.
     """
     dataset = load_dataset(raw)
-    with progress(f"preparing {raw.name}", _frame_count(raw, dataset), "frames") as bar, writing(prepared, raw.name) as writer:
-        for clip in _raw_clips(raw, dataset):
-            writer.add(clip.split, clip.name, clip.frames, clip.pixels, clip.recorded)
-            bar.advance(clip.frames, clip=f"{clip.split}/{clip.name}")
+    with writing(prepared, raw.name) as writer:
+        match dataset:
+            case Video():
+                _pack_video(writer, raw / dataset.file, dataset.splits)
+            case Synthetic():
+                _pack_all(writer, _synthetic_clips(dataset))
+            case Frames():
+                _pack_all(writer, _frame_clips(raw / dataset.folder, dataset.splits))
+            case Clips():
+                _pack_all(writer, _listed_clips(raw, dataset))
     data = PreparedData.open(prepared)
     size = sum(stored.bytes for clip in data.index.clips for stored in clip.files)
     log.info("prepared %d clips, %.1f MB, in %s; digest %s", len(data.index.clips), size / 1e6, prepared, data.digest[:12])
     return data
 
 
-def _raw_clips(raw: Path, dataset: Dataset) -> Iterator[RawClip]:
-    match dataset:
-        case Synthetic():
-            yield from _synthetic_clips(dataset)
-        case Frames():
-            yield from _cut(image_frames(image_paths(raw / dataset.folder)), dataset.splits)
-        case Clips():
-            yield from _listed_clips(raw, dataset)
-        case _:
-            yield from _cut(video_frames(raw / dataset.file), dataset.splits)
+def _pack_video(writer: Writer, path: Path, splits: FrameSplits) -> None:
+    """Cut the one stream of frames into clips, each named after its first frame."""
+    frames, position = video_frames(path), 0
+    with progress(f"preparing {path.name}", sum(end - first for _, first, end in splits.ordered()), "frames") as bar:
+        for split, first, end in _pieces(splits):
+            name, source = f"{first:06}", _digest([*_facts([path]), first, end])
+            clip = writer.finished(split, name, source)
+            if clip is None:
+                wanted = islice(frames, first - position, end - position)
+                clip, position = pack_clip(writer.folder, split, name, end - first, wanted, source=source), end
+            _enter(writer, clip, bar)
+
+
+def _pack_all(writer: Writer, clips: Iterator[RawClip]) -> None:
+    """Pack clips that can each be decoded by itself."""
+    clips = list(clips)
+    with progress("preparing", sum(clip.frames for clip in clips), "frames") as bar:
+        missing = []
+        for clip in clips:
+            finished = writer.finished(clip.split, clip.name, clip.source)
+            if finished:
+                _enter(writer, finished, bar)
+            else:
+                missing.append(clip)
+        processes = min(len(os.sched_getaffinity(0)), len(missing))
+        if processes > 1 and sum(clip.frames for clip in missing) >= FRAMES_WORTH_PROCESSES:
+            packed = _packed_side_by_side(writer.folder, missing, processes)
+        else:
+            packed = (_packed(writer.folder, clip) for clip in missing)
+        for clip in packed:
+            _enter(writer, clip, bar)
+
+
+def _packed_side_by_side(folder: Path, clips: list[RawClip], processes: int) -> Iterator[Clip]:
+    """The clips in the order in which they are finished."""
+    # A forked child of a process with threads (the progress bar) can hang.
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    try:
+        for future in as_completed([pool.submit(_packed, folder, clip) for clip in clips]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise RuntimeError("a process that packed clips was killed, for want of memory maybe; run the same again: finished clips stay") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _packed(folder: Path, clip: RawClip) -> Clip:
+    return pack_clip(folder, clip.split, clip.name, clip.frames, clip.pixels(), clip.recorded() if clip.recorded else None, clip.source)
+
+
+def _end_with_parent() -> None:
+    """A pool's processes would wait for work for ever after their parent was killed. Ctrl-C is the parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _enter(writer: Writer, clip: Clip, bar: Bar) -> None:
+    writer.enter(clip)
+    bar.advance(clip.frames, clip=f"{clip.split}/{clip.name}")
 
 
 def _synthetic_clips(dataset: Synthetic) -> Iterator[RawClip]:
@@ -67,25 +149,44 @@ def _synthetic_clips(dataset: Synthetic) -> Iterator[RawClip]:
         regions = cut_regions(dataset, split, photographs)
         names = [name.split(".")[0] for name in settings.regions]
         for number in range(settings.clips):
-            frames = render_clip(dataset, split, number, regions)
-            yield RawClip(split, f"{names[number % len(names)]}-{number:02}", settings.frames, frames)
+            source = _digest([dataset.model_dump(mode="json"), split, number])
+            pixels = functools.partial(render_clip, dataset, split, number, regions)
+            yield RawClip(split, f"{names[number % len(names)]}-{number:02}", settings.frames, pixels, source)
+
+
+def _frame_clips(folder: Path, splits: FrameSplits) -> Iterator[RawClip]:
+    """Parts of one folder of images, each named after its first frame."""
+    paths = image_paths(folder)
+    for split, first, end in _pieces(splits):
+        part = paths[first:end]
+        yield RawClip(split, f"{first:06}", end - first, functools.partial(image_frames, part), _digest(_facts(part)))
 
 
 def _listed_clips(raw: Path, dataset: Clips) -> Iterator[RawClip]:
     """Clips stay as long as they are: published tests measure whole ones."""
     for split, name in listed_clips(raw):
         sharp = image_paths(raw / SHARP / name)
-        recorded = image_frames(paired(sharp, image_paths(raw / RECORDED / name))) if dataset.recorded else None
-        yield RawClip(split, name, len(sharp), image_frames(sharp), recorded)
+        recorded = paired(sharp, image_paths(raw / RECORDED / name)) if dataset.recorded else []
+        degraded = functools.partial(image_frames, recorded) if recorded else None
+        yield RawClip(split, name, len(sharp), functools.partial(image_frames, sharp), _digest(_facts([*sharp, *recorded])), degraded)
 
 
-def _cut(frames: Iterator[np.ndarray], splits: FrameSplits) -> Iterator[RawClip]:
-    """Cut a stream of frames into the clips of its splits, each named after its first frame."""
-    position = 0
-    for split, first, end in _pieces(splits):
-        wanted = islice(frames, first - position, end - position)
-        position = end
-        yield RawClip(split, f"{first:06}", end - first, wanted)
+def _facts(paths: Iterable[Path]) -> list[list[str | int]]:
+    """What tells files from others, or from themselves after a change, without reading them."""
+    return [[str(path), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths]
+
+
+def _digest(facts: list) -> str:
+    return hashlib.sha256(json.dumps([_code(), facts]).encode()).hexdigest()
+
+
+@functools.cache
+def _code() -> str:
+    """Stands for the code that clips are made by, this package."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _pieces(splits: FrameSplits) -> Iterator[tuple[Split, int, int]]:
@@ -94,11 +195,3 @@ def _pieces(splits: FrameSplits) -> Iterator[tuple[Split, int, int]]:
         parts = -(-(end - first) // CLIP_FRAMES)
         cuts = [first + (end - first) * k // parts for k in range(parts + 1)]
         yield from ((split, a, b) for a, b in zip(cuts, cuts[1:]))
-
-
-def _frame_count(raw: Path, dataset: Dataset) -> int:
-    if isinstance(dataset, Synthetic):
-        return sum(getattr(dataset.splits, split).clips * getattr(dataset.splits, split).frames for split in SPLITS)
-    if isinstance(dataset, Clips):
-        return sum(len(image_paths(raw / SHARP / name)) for _, name in listed_clips(raw))
-    return sum(end - first for _, first, end in dataset.splits.ordered())

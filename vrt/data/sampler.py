@@ -7,19 +7,18 @@ Legend: B clips, D frames, C channels, H height, W width of the ground truth, h,
 """
 
 import hashlib
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vrt.data.clips import NO_RECORDING, SPLITS, Clip, DataError, PreparedData
-from vrt.data.degradations import BICUBIC_REACH, add_noise, bicubic_downsample, blur_downsample, blur_reach, continue_backwards
-from vrt.params import Between, Bicubic, BlurDown, Noise, Params, Recorded
+from vrt.data.degradations import BICUBIC_REACH, add_noise, bicubic_downsample, blur_downsample, blur_reach, continue_backwards, motion_blur
+from vrt.params import Between, Bicubic, BlurDown, MotionBlur, Noise, Params, Recorded
 
+# So many damaged clips in a row are no chance: the disk is gone.
+MOST_DRAWS = 10
 # Keeps these draws apart from all others that are made from the same seed and step.
 STREAM = 0x_DA7A
 
@@ -30,6 +29,8 @@ class Batch:
     """(B, D, C, h, w) float32. C is 3, or 4 with the noise level (sigma / 255, constant) last. Noise may leave [0, 1]."""
     truth: Tensor
     """(B, D, 3, H, W) float32 in [0, 1]; for `between` (B, T, 3, H, W), the frames to make: one in training, several of a whole clip."""
+    skipped: tuple[str, ...] = ()
+    """What was drawn and could not be read, each in a sentence, with `data.damaged: skip`; another draw took its place."""
 
 
 def check_sampling(data: PreparedData, params: Params) -> None:
@@ -46,7 +47,9 @@ def _check_clip(clip: Clip, params: Params) -> None:
     if isinstance(params.degradation, Recorded) and clip.recorded is None:
         raise DataError(f"clip {clip}: {NO_RECORDING}")
     wanted = window_frames(params)
-    if clip.frames < wanted and (trained or between):
+    if isinstance(params.degradation, MotionBlur) and not trained:
+        wanted = params.degradation.frames
+    if clip.frames < wanted and (trained or between or isinstance(params.degradation, MotionBlur)):
         needed = f"train.frames = {wanted} frames" if wanted == params.train.frames else f"{wanted} frames for train.frames = {params.train.frames}"
         raise DataError(f"clip {clip}: expected at least {needed}, found {clip.frames}; lower train.frames or use longer clips")
     if trained and min(clip.height, clip.width) < params.train.crop:
@@ -60,26 +63,46 @@ def window_frames(params: Params) -> int:
     """Consecutive frames of a clip that a training sample is made of."""
     if isinstance(params.degradation, Between):
         return 2 * params.train.frames - 1
-    return params.train.frames - params.train.mirrored_frames
+    exposed = params.degradation.frames if isinstance(params.degradation, MotionBlur) else 1
+    return (params.train.frames - params.train.mirrored_frames) * exposed
 
 
-def training_sample(data: PreparedData, params: Params, step: int, index: int) -> tuple[Tensor, Tensor]:
+class Reads:
+    """What becomes of the reading of clips; who wants to know what is being read overrides `begin`."""
+
+    def __init__(self) -> None:
+        self.skipped: list[str] = []
+
+    def begin(self, what: str) -> None:
+        """`what`, step, sample and clip in words, is read next."""
+
+
+def training_sample(data: PreparedData, params: Params, step: int, index: int, reads: Reads | None = None) -> tuple[Tensor, Tensor]:
     """Sample `index` of the global batch of `step`: degraded (D, C, h, w) and truth (D, 3, H, W), for `between` (1, 3, H, W).
 
     Every window of `window_frames` frames of the training split is equally likely, and every crop position in it, every
-    flip and quarter turn, and every noise level from sigma_min to sigma_max.
+    flip and quarter turn, and every noise level from sigma_min to sigma_max. With `data.damaged: skip` another clip is drawn for
+    one that can't be read.
     Raises DataError, which names step and clip.
     """
-    rng = np.random.default_rng([params.seed, STREAM, step, index])
-    clip, first = _draw_window(data, window_frames(params), rng)
-    try:
-        degraded, truth = _draw_crop(data, clip, first, params, rng)
-    except DataError as error:
-        raise DataError(f"step {step}, sample {index}, clip {clip}: {error}") from error
-    if params.train.mirrored_frames:
-        degraded, truth = (continue_backwards(frames, params.train.frames) for frames in (degraded, truth))
-    turns = rng.integers(2, size=3)
-    return _turn(degraded, turns), _turn(truth, turns)
+    reads = reads or Reads()
+    for draw in range(MOST_DRAWS):
+        rng = np.random.default_rng([params.seed, STREAM, step, index, *([draw] if draw else [])])
+        clip, first = _draw_window(data, window_frames(params), rng)
+        where = f"step {step}, sample {index}, clip {clip}"
+        reads.begin(where)
+        try:
+            degraded, truth = _draw_crop(data, clip, first, params, rng)
+        except DataError as error:
+            if params.data.damaged == "stop":
+                raise DataError(f"{where}: {error}, or set data.damaged: skip to train without it") from error
+            reads.skipped.append(f"{where}: {error}")
+            continue
+        if params.train.mirrored_frames:
+            degraded, truth = (continue_backwards(frames, params.train.frames) for frames in (degraded, truth))
+        turns = rng.integers(2, size=3)
+        return _turn(degraded, turns), _turn(truth, turns)
+    raise DataError(f"{MOST_DRAWS} clips drawn one after another can't be read; the last: {reads.skipped[-1]}")
 
 
 def _draw_crop(data: PreparedData, clip: Clip, first: int, params: Params, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -97,6 +120,8 @@ def _draw_crop(data: PreparedData, clip: Clip, first: int, params: Params, rng: 
             return _noisy(truth, sigma, rng, params), truth
         case Bicubic() | BlurDown() as reduction:
             return _draw_reduced_crop(data, clip, first, params, reduction, rng)
+        case MotionBlur() as blur:
+            return _averaged(_floats(data.read(clip, first, frames, *draw_place())), blur.frames)
         case Recorded():
             place = draw_place()
             degraded, truth = (_floats(data.read(clip, first, frames, *place, recorded=recorded)) for recorded in (True, False))
@@ -105,23 +130,11 @@ def _draw_crop(data: PreparedData, clip: Clip, first: int, params: Params, rng: 
             return _given_and_made(_floats(data.read(clip, first, frames, *draw_place())), params.train.frames)
 
 
-def training_batch(data: PreparedData, params: Params, step: int) -> Batch:
+def training_batch(data: PreparedData, params: Params, step: int, reads: Reads | None = None) -> Batch:
     """The global batch of `step` (counted from 1)."""
-    samples = [training_sample(data, params, step, index) for index in range(params.train.batch_size)]
-    return Batch(*(torch.stack(parts) for parts in zip(*samples)))
-
-
-def training_batches(data: PreparedData, params: Params, first_step: int, last_step: int) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) for each step from `first_step` to `last_step`, both included, made by params.data.workers processes.
-
-    Raises DataError: at once where clips are too small, later where a clip can't be read (it names step and clip).
-    If a worker is killed, torch raises a RuntimeError that says so, wherever the trainer is then.
-    """
-    check_sampling(data, params)
-    steps = range(first_step, last_step + 1)
-    if params.data.workers == 0:
-        return ((step, training_batch(data, params, step)) for step in steps)
-    return _batches_from_workers(data, params, steps)
+    reads = reads or Reads()
+    samples = [training_sample(data, params, step, index, reads) for index in range(params.train.batch_size)]
+    return Batch(*(torch.stack(parts) for parts in zip(*samples)), skipped=tuple(reads.skipped))
 
 
 def evaluation_clip(data: PreparedData, params: Params, clip: Clip) -> Batch:
@@ -142,48 +155,13 @@ def evaluation_clip(data: PreparedData, params: Params, clip: Clip) -> Batch:
             height, width = (size - size % reduction.scale for size in (clip.height, clip.width))
             truth = _floats(data.read(clip, 0, clip.frames, 0, 0, height, width))
             degraded = _reduced(truth, reduction)
+        case MotionBlur() as blur:
+            degraded, truth = _averaged(_floats(data.read_whole(clip)), blur.frames)
         case Recorded():
             truth, degraded = (_floats(data.read_whole(clip, recorded)) for recorded in (False, True))
         case Between():
             degraded, truth = _given_and_made(_floats(data.read_whole(clip)), params.network.img_size[0])
     return Batch(degraded[None], truth[None])
-
-
-class _Steps:
-    """The data set that a DataLoader sees: indexed by step."""
-
-    def __init__(self, data: PreparedData, params: Params):
-        self._data, self._params = data, params
-
-    def __getitem__(self, step: int) -> tuple[int, Batch]:
-        return step, training_batch(self._data, self._params, step)
-
-
-def _batches_from_workers(data: PreparedData, params: Params, steps: range) -> Iterator[tuple[int, Batch]]:
-    loader = DataLoader(
-        _Steps(data, params),
-        batch_size=None,
-        sampler=steps,
-        num_workers=params.data.workers,
-        prefetch_factor=2,
-        worker_init_fn=_leave_process_group,
-        # A forked child of a process with threads (the checkpoint writer) can hang.
-        multiprocessing_context="spawn",
-        # The loader draws a seed that nothing uses; not from the trainer's generator.
-        generator=torch.Generator(),
-    )
-    batches = iter(loader)
-    try:
-        yield from batches
-    finally:
-        # Left to the garbage collector, workers would live for as long as the traceback of an error.
-        batches._shutdown_workers()
-
-
-def _leave_process_group(_worker: int) -> None:
-    # A signal to the whole group asks the trainer to finish its step and save, which it can't do without its workers.
-    # They end with it all the same: it tells them to, and they watch whether it lives.
-    os.setpgrp()
 
 
 def _draw_window(data: PreparedData, frames: int, rng: np.random.Generator) -> tuple[Clip, int]:
@@ -212,12 +190,22 @@ def _draw_reduced_crop(
 
 
 def _reduced(truth: Tensor, reduction: Bicubic | BlurDown) -> Tensor:
-    """Rounded to 8 bits, as the low-resolution frames of published data sets (and of users) are stored."""
     if isinstance(reduction, Bicubic):
         reduced = bicubic_downsample(truth, reduction.scale)
     else:
         reduced = blur_downsample(truth, reduction.scale, reduction.sigma)
-    return (reduced * 255).round().clamp(0, 255) / 255
+    return _rounded(reduced)
+
+
+def _rounded(clip: Tensor) -> Tensor:
+    """To 8 bits, as the degraded frames of published data sets (and of users) are stored."""
+    return (clip * 255).round().clamp(0, 255) / 255
+
+
+def _averaged(frames: Tensor, exposed: int) -> tuple[Tensor, Tensor]:
+    """Blurred frames, rounded to 8 bits, and the sharp one in the middle of each: (D // exposed, C, H, W) twice; a rest is cut off."""
+    whole = frames[: len(frames) // exposed * exposed]
+    return _rounded(motion_blur(whole, exposed)), whole[exposed // 2 :: exposed]
 
 
 def _given_and_made(frames: Tensor, given: int) -> tuple[Tensor, Tensor]:

@@ -20,11 +20,13 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
 
     metrics.json     the means, flat, for `dvc metrics show`
     clips.csv        one row per clip, for `dvc plots`
+    table.md         PSNR/SSIM per clip, as papers print them
     comparison.png   the worst square of every clip: input, restored, truth
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "metrics.json", json.dumps(_rounded(evaluation.means), indent=2, allow_nan=False).encode() + b"\n")
     write_file(folder / "clips.csv", _clips_csv(evaluation).encode())
+    write_file(folder / "table.md", published_table(evaluation).encode())
     worst = comparison([(_title(row), row.worst_crops) for row in evaluation.rows])
     write_file(folder / "comparison.png", png(worst))
 
@@ -39,6 +41,25 @@ def summary_table(evaluation: Evaluation) -> Table:
         table.add_row(row.name, str(row.frames), *_cells(row.scores), end_section=row is evaluation.rows[-1])
     table.add_row("mean", str(sum(row.frames for row in evaluation.rows)), *_cells(evaluation.means), style="bold")
     return table
+
+
+def published_table(evaluation: Evaluation) -> str:
+    """Markdown, PSNR/SSIM as papers print them: per clip and mean, on RGB and on Y, which results on Vimeo-90K, Vid4 and UDM10 are compared on."""
+    columns = ("clip", "frames", "input", "restored", "input (Y)", "restored (Y)")
+    frames = sum(row.frames for row in evaluation.rows)
+    rows = [(row.name, row.frames, row.scores) for row in evaluation.rows] + [("**mean**", frames, evaluation.means)]
+    lines = [columns, ("---", *("---:" for _ in columns[1:])), *((name, str(count), *_pairs(scores)) for name, count, scores in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def clip_records(evaluation: Evaluation) -> list[dict[str, str | int | float]]:
+    """One flat record per clip: its name, frames measured and all scores."""
+    return [_record(row) for row in evaluation.rows]
+
+
+def _pairs(scores: Scores) -> list[str]:
+    of_colours = [f"{found.psnr:.2f}/{found.ssim:.4f}" for found in (scores.input, scores.restored)]
+    return of_colours + [f"{found.psnr_y:.2f}/{found.ssim_y:.4f}" for found in (scores.input, scores.restored)]
 
 
 def verdict(evaluation: Evaluation) -> str:
@@ -56,7 +77,7 @@ def _cells(scores: Scores) -> list[str]:
 
 
 def _clips_csv(evaluation: Evaluation) -> str:
-    records = [_record(row) for row in evaluation.rows]
+    records = clip_records(evaluation)
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=records[0], lineterminator="\n")
     writer.writeheader()

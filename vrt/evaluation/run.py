@@ -16,12 +16,13 @@ from vrt.evaluation.metrics import Quality, quality
 from vrt.evaluation.pictures import Place, Triple, worst_crop
 from vrt.evaluation.tiling import AnySize, Size, restore, tile_count
 from vrt.observe import progress
-from vrt.params import Between, Params
+from vrt.params import Between, MotionBlur, Params
 
 INPUT_LABELS = {
     "noise": "noisy input",
     "bicubic": "bicubic input",
     "blur_down": "enlarged input",
+    "motion_blur": "blurred input",
     "recorded": "recorded input",
     "between": "mean of the two neighbours",
 }
@@ -52,6 +53,7 @@ class ClipResult:
 
     name: str
     frames: int
+    """That were measured."""
     scores: Scores
     worst: Place
     """Where the restoration is furthest from the truth."""
@@ -96,7 +98,8 @@ def evaluate(network: nn.Module, data: PreparedData, params: Params, split: str,
             batch = evaluation_clip(data, params, clip)
             given, shown = _network_input(batch, params)
             restored = restore(applied, given, tile, overlap, upscale, lambda name=clip.name: bar.advance(clip=name))
-            rows.append(measure(clip.name, shown, restored[0, : batch.truth.shape[1]], batch.truth[0], keep_middle=not rows))
+            pairs = shown, restored[0, : batch.truth.shape[1]], batch.truth[0]
+            rows.append(measure(clip.name, *pairs, keep_middle=not rows, centre_only=params.evaluate.measured == "centre"))
     means = Scores(_mean([row.scores.input for row in rows]), _mean([row.scores.restored for row in rows]))
     return Evaluation(split, INPUT_LABELS[params.degradation.kind], tuple(rows), means)
 
@@ -106,19 +109,22 @@ def validate(network: nn.Module, data: PreparedData, params: Params, limit: int 
     return evaluate(network, data, params, "val", limit)
 
 
-def measure(name: str, degraded: Tensor, restored: Tensor, truth: Tensor, keep_middle: bool) -> ClipResult:
-    """Compare one clip, `degraded` (D, C, h, w) and `restored` (D, 3, H, W), with its `truth` (D, 3, H, W)."""
+def measure(name: str, degraded: Tensor, restored: Tensor, truth: Tensor, keep_middle: bool, centre_only: bool) -> ClipResult:
+    """Compare one clip, `degraded` (D, C, h, w) and `restored` (D, 3, H, W), with its `truth` (D, 3, H, W), or the frame in the middle alone."""
     if restored.shape != truth.shape:
         found = f"found {tuple(restored.shape)}"
         raise ValueError(f"restored clip {name!r}: expected the shape of the truth {tuple(truth.shape)}, {found}; prepare the data again")
     _check_finite(name, restored)
+    first = len(truth) // 2 if centre_only else 0
+    if centre_only:
+        degraded, restored, truth = (frames[first : first + 1] for frames in (degraded, restored, truth))
     before = baseline(degraded, *truth.shape[-2:])
     worst, middle = worst_crop(restored, truth), len(truth) // 2
     return ClipResult(
         name,
         frames=len(truth),
         scores=Scores(quality(before, truth), quality(restored, truth)),
-        worst=worst,
+        worst=worst._replace(frame=first + worst.frame),
         worst_crops=Triple(*(worst.cut(frames).clone() for frames in (before, restored, truth))),
         middle=Triple(*(frames[middle].clone() for frames in (before, restored, truth))) if keep_middle else None,
     )
@@ -143,7 +149,13 @@ def _network_input(batch: Batch, params: Params) -> tuple[Tensor, Tensor]:
 def _input_size(clip: Clip, params: Params) -> Size:
     """Frames, height and width of what `_network_input` gives for a clip."""
     frames, upscale = params.network.img_size[0], params.network.upscale
-    count = (clip.frames + 1) // 2 - frames + 1 if _interpolates(params) else max(clip.frames, frames)
+    match params.degradation:
+        case Between():
+            count = (clip.frames + 1) // 2 - frames + 1
+        case MotionBlur() as blur:
+            count = max(clip.frames // blur.frames, frames)
+        case _:
+            count = max(clip.frames, frames)
     return count, clip.height // upscale, clip.width // upscale
 
 

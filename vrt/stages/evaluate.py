@@ -15,7 +15,7 @@ from vrt.checkpoint.tracking import Lineage
 from vrt.data.cli import RAW
 from vrt.data.clips import PreparedData
 from vrt.data.prepare import prepare
-from vrt.evaluation.report import summary_table, write_report
+from vrt.evaluation.report import clip_records, summary_table, write_report
 from vrt.evaluation.run import Evaluation, evaluate
 from vrt.lifecycle import EXIT_DONE
 from vrt.observe import log
@@ -48,7 +48,7 @@ def run_evaluation(params_path: Path, checkpoint: str | None = None, dataset: st
     evaluation = evaluate(network, data, params, "test")
     write_report(evaluation, REPORTS / "evaluation")
     Console().print(summary_table(evaluation))
-    _record(params, manifest, evaluation.metrics())
+    _record(params.name, data.index.dataset, manifest, evaluation)
     return EXIT_DONE
 
 
@@ -65,6 +65,7 @@ def measure_checkpoint(chosen: Chosen, dataset: str | None) -> Evaluation:
         registry.tag(step, {f"test_{name}_{key}": f"{means[key]:.6g}" for key in ("psnr", "ssim")})
         if registry.attach():
             registry.record(step, {f"test-{name}/{key}": value for key, value in means.items()})
+            registry.put_table(f"evaluation/step-{step}-on-{name}", clip_records(evaluation))
     return evaluation
 
 
@@ -93,11 +94,12 @@ def load_model(params: Params) -> tuple[torch.nn.Module, Manifest]:
     return network, manifest
 
 
-def _record(params: Params, manifest: Manifest, metrics: dict[str, float]) -> None:
-    registry = Curator(Lineage(params.name, fingerprint(manifest.identity), manifest.identity))
+def _record(name: str, dataset: str, manifest: Manifest, evaluation: Evaluation) -> None:
+    registry = Curator(Lineage(name, fingerprint(manifest.identity), manifest.identity))
     try:
         if registry.attach():
-            registry.record(manifest.step, {f"test/{key}": value for key, value in metrics.items()})
+            registry.record(manifest.step, {f"test/{key}": value for key, value in evaluation.metrics().items()})
+            registry.put_table(f"evaluation/step-{manifest.step}-on-{dataset}", clip_records(evaluation))
             _complete_provenance(registry)
     except StoreUnavailable as error:
         # The numbers are in the report that DVC versions; the run is where people look, not where results live.

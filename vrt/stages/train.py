@@ -23,7 +23,8 @@ from vrt.checkpoint.saver import Saver
 from vrt.checkpoint.store import S3Store
 from vrt.checkpoint.tracking import Lineage
 from vrt.data.clips import PreparedData
-from vrt.data.sampler import check_sampling, training_batches
+from vrt.data.loading import training_batches
+from vrt.data.sampler import check_sampling
 from vrt.evaluation.pictures import png, preview
 from vrt.evaluation.run import validate
 from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, StopRequest

@@ -83,9 +83,10 @@ def train(
         if state.step and due(plan, state.step).validate and not state.history.has(state.step, "val/psnr"):
             # The attempt before was stopped at this step and had no time to validate it.
             validate_step(state, checkpoints, validate)
-        speed, shown = Speed(state.step), {}
+        speed, shown, skipped = Speed(state.step), {}, 0
         try:
             for step, batch in batches:
+                skipped = report_skipped(checkpoints, step, batch, skipped)
                 loss, lr = take_step(params, state, step, batch)
                 reached(Phase.STEP)
                 now = due(plan, step)
@@ -111,6 +112,16 @@ def train(
                 save_what_is_whole(params, state, checkpoints, error)
             raise
     return True
+
+
+def report_skipped(checkpoints: Checkpoints, step: int, batch: Batch, before: int) -> int:
+    """Say which clips could not be read (`data.damaged: skip`). Returns how often that happened in this attempt."""
+    for reason in batch.skipped:
+        log.warning("skipped: %s", reason)
+    count = before + len(batch.skipped)
+    if batch.skipped:
+        checkpoints.send({"step": step, "data/skipped": count})
+    return count
 
 
 def enter(
