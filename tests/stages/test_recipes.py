@@ -4,7 +4,6 @@ import json
 import logging
 import lzma
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -193,7 +192,6 @@ def test_the_commands_that_a_recipe_names_lead_to_its_results(task: str, make_wo
     workspace = make_workspace(f"recipe{task}")
     params = shrunk(find_recipe(task))
     (workspace.root / "params.yaml").unlink()
-    shutil.copytree(RECIPES, workspace.root / "recipes")
     assert workspace.run("vrt", "init", "--recipe", task).returncode == 0
     _, _, _, *importing = re.search(r"vrt data import \S+ --name \S+ --layout \S+", (workspace.root / "params.yaml").read_text())[0].split()
     copy = published_copy(params.data.dataset, window_frames(params), (18, 22))
