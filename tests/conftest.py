@@ -213,6 +213,20 @@ def make_workspace(tmp_path_factory: pytest.TempPathFactory, local_services: "Lo
 
 
 @pytest.fixture(scope="session")
+def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Workspace]:
+    """Makes folders with the params of a tiny recipe, some changed, for what needs neither data nor services."""
+
+    def make(name: str, **values: object) -> Workspace:
+        root = tmp_path_factory.mktemp(name)
+        shutil.copy2(REPOSITORY / "recipes/quickstart.yaml", root / "params.yaml")
+        project = Workspace(root, {**os.environ, "PYTHONPATH": str(REPOSITORY), "VRT_HOME": str(root / ".vrt")})
+        project.edit(**{**TINY, **values})
+        return project
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def uninterrupted(make_workspace: Callable[[str], Workspace]) -> Workspace:
     """The workspace of a training that nobody disturbed, for the others to be compared with."""
     workspace = make_workspace("uninterrupted")

@@ -153,7 +153,7 @@ def test_a_truncated_mp4_is_refused(tmp_path: Path):
 
 def test_a_truncated_mkv_is_refused_though_it_decodes(lossless: Path, tmp_path: Path):
     lossless.write_bytes(lossless.read_bytes()[: lossless.stat().st_size * 3 // 4])
-    refused(lossless, tmp_path, r"holiday.mkv: expected 40 frames, found (29|3\d); the file is cut off: get an undamaged copy")
+    refused(lossless, tmp_path, r"holiday.mkv: expected 1.6 s of video, found 1.[0-3] s; the file is cut off: get an undamaged copy")
 
 
 def test_a_sound_file_is_refused(tmp_path: Path):
@@ -188,7 +188,7 @@ def test_an_unreadable_frame_is_refused(folder, tmp_path: Path):
 def test_grey_frames_of_16_bits_are_refused(folder, tmp_path: Path):
     source = folder()
     Image.fromarray(np.full((48, 64), 40000, np.uint16)).save(source / "1.png")
-    refused(source, tmp_path, r"1.png: expected 8 bits per channel, found a 16-bit grey image; convert the frames to 8-bit RGB")
+    refused(source, tmp_path, r"1.png: expected 8 bits per channel, found 16; convert the frames to 8-bit RGB")
 
 
 def test_an_existing_name_is_refused_and_kept(lossless: Path, tmp_path: Path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    told = "restore a video, or a folder of pictures"
+    told = "restore a video, or a folder of pictures; a network for frames in between doubles their number"
     parser = subparsers.add_parser(
         "restore", help=told, description=f"{told}. Interrupted, it goes on where it stopped when it is run again (exit code 75)."
     )
@@ -15,6 +15,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     chosen = "latest, best or champion (of the name in the params file), LINEAGE@STEP, RUN@STEP, or a file of weights (default: latest)"
     parser.add_argument("--checkpoint", default="latest", metavar="CHECKPOINT", help=chosen)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file, for the tiles (default: params.yaml)")
+    parser.add_argument("--preview", action="store_true", help="also write OUTPUT-preview, with input (left) and result (right) side by side")
     parser.add_argument("--sigma", type=_grey_levels, help="the noise in grey levels (0 to 255), for networks that want to be told")
     parser.set_defaults(run=run)
 
@@ -35,4 +36,4 @@ def run(args: argparse.Namespace) -> int:
     from vrt.stages.restore import run_restore
 
     os.environ.update(load_environment())
-    return run_restore(args.source, args.output, args.checkpoint, args.params, args.sigma)
+    return run_restore(args.source, args.output, args.checkpoint, args.params, args.sigma, args.preview)
