@@ -99,13 +99,17 @@ def test_many_clips_are_listed_by_split(clip_lists: Path):
         ("../a", r"val.txt: expected the name of a folder of sharp/, found '../a'; correct or remove that line"),
         ("c\na", r"val.txt: clip a is listed in train.txt already; expected each clip once: remove one of the lines"),
         ("c\nc", r"val.txt: clip c is listed in val.txt already"),
-        (None, r"val.txt: expected a list of the clips of this split, one name a line, found no such file; write or import it again"),
     ],
 )
-def test_a_wrong_list_of_clips_is_named(names: str | None, message: str, clip_lists: Path):
-    if names is None:
-        (clip_lists / "val.txt").unlink()
-    else:
-        (clip_lists / "val.txt").write_text(names)
+def test_a_wrong_list_of_clips_is_named(names: str, message: str, clip_lists: Path):
+    (clip_lists / "val.txt").write_text(names)
     with pytest.raises(DataError, match=message):
+        listed_clips(clip_lists)
+
+
+def test_a_test_set_has_one_list_and_a_data_set_at_least_one(clip_lists: Path):
+    (clip_lists / "train.txt").unlink(), (clip_lists / "val.txt").unlink()
+    assert listed_clips(clip_lists) == [("test", "d")]
+    (clip_lists / "test.txt").unlink()
+    with pytest.raises(DataError, match=r"expected lists of its clips \(train.txt, val.txt, test.txt\), one name a line, found none"):
         listed_clips(clip_lists)

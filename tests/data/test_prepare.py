@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import vrt.data.prepare
+import vrt.data.side_by_side
 from vrt.data.clips import DataError, PreparedData
 from vrt.data.prepare import CLIP_FRAMES, prepare
 
@@ -114,16 +115,16 @@ def test_a_failed_prepare_leaves_the_old_data_set_and_the_next_goes_on(images: P
 
 def test_processes_side_by_side_make_the_same(images: Path, tmp_path: Path, monkeypatch):
     alone = prepare(images, tmp_path / "alone")
-    monkeypatch.setattr(vrt.data.prepare, "FRAMES_WORTH_PROCESSES", 1)
+    monkeypatch.setattr(vrt.data.side_by_side, "FRAMES_WORTH_PROCESSES", 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     assert contents(prepare(images, tmp_path / "together").root) == contents(alone.root)
 
 
 def test_a_killed_process_is_an_error_that_says_what_to_do(images: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(vrt.data.prepare, "FRAMES_WORTH_PROCESSES", 1)
+    monkeypatch.setattr(vrt.data.side_by_side, "FRAMES_WORTH_PROCESSES", 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(vrt.data.prepare, "_packed", _die)
-    with pytest.raises(RuntimeError, match="a process that packed clips was killed, .*; run the same again: finished clips stay"):
+    with pytest.raises(RuntimeError, match="a process that read clips was killed, .*; run the same again: finished clips stay"):
         prepare(images, tmp_path / "prepared")
 
 
@@ -135,8 +136,9 @@ KILLED_WITH_PROCESSES = """
 import os, sys
 from pathlib import Path
 import vrt.data.prepare as prepare
+import vrt.data.side_by_side as side_by_side
 if __name__ == "__main__":
-    prepare.FRAMES_WORTH_PROCESSES = 1
+    side_by_side.FRAMES_WORTH_PROCESSES = 1
     os.sched_getaffinity = lambda _: {0, 1}
     prepare.prepare(Path(sys.argv[1]), Path(sys.argv[2]))
 """

@@ -14,6 +14,8 @@ from vrt.checkpoint.errors import CheckpointError
 from vrt.data.decoding import video_frames
 from vrt.data.video import Footage, Look, write_segment
 from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_NOT_BETTER
+from vrt.params import load_params
+from vrt.stages.evaluate import test_clips as prepared_test_clips
 from vrt.stages.promote import judge
 from vrt.stages.selector import choose
 
@@ -90,8 +92,16 @@ def test_any_checkpoint_is_measured_on_any_test_set_and_the_better_one_is_the_ch
     measured = here.run("vrt", "evaluate", "--checkpoint", f"{lineage}@4", "--dataset", "other")
     assert measured.returncode == 0, measured.stdout
     report = json.loads((here.root / f"reports/evaluation-of-{lineage}@4-on-other/metrics.json").read_text())
+    # A data set that changed is prepared anew.
+    other, clips = here.root / "data/raw/other/dataset.yaml", "data/.prepared-for-evaluation/other/index.json"
+    before = (here.root / clips).read_text()
+    other.write_text(other.read_text().replace("seed: ", "seed: 1"))
+    prepared_test_clips("other", load_params(PARAMS))
+    assert (here.root / clips).read_text() != before
     registry = Curator(lineage_named(lineage))
     assert registry.attach()
+    tables = [artifact.path for artifact in MlflowClient().list_artifacts(registry.run_id, "evaluation")]
+    assert tables == ["evaluation/step-4-on-other.json"]
     assert float(registry.tags_of(4)["test_other_psnr"]) == pytest.approx(report["psnr"], rel=1e-5)
 
     assert here.run("vrt", "promote", "--checkpoint", f"{lineage}@1", "--dry-run").returncode == 0

@@ -9,6 +9,7 @@ D frames, H height, W width.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -161,14 +162,19 @@ class PreparedData:
 
     def verify(self) -> None:
         """Read everything and compare it with the digests of the index. Raises DataError, which names the first clip that differs."""
+        for problem in self.problems():
+            raise DataError(problem)
+
+    def problems(self) -> Iterator[str]:
+        """As `verify`, but to the end, whatever differs."""
         with progress("verifying", len(self.index.clips), "clips") as bar:
             for clip in self.index.clips:
-                _check_sizes(self.root, clip)
                 for stored in clip.files:
                     try:
+                        _check_sizes(self.root, clip)
                         verified.__wrapped__(self.root / stored.file, stored.sha256)
                     except DataError as error:
-                        raise DataError(f"{error}; {PREPARE}") from None
+                        yield str(error) if PREPARE in str(error) else f"{error}; {PREPARE}"
                 bar.advance(clip=clip.name)
 
 

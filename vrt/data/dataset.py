@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from vrt.data.clips import NAME, SPLITS, DataError, Split
+from vrt.data.decoding import VIDEO_SUFFIXES
 from vrt.params import NotNegative, Positive
 from vrt.typed_yaml import Section, parse, read_yaml
 
@@ -125,9 +126,9 @@ class Frames(Section):
 class Clips(Section):
     """Many clips. Beside the dataset.yaml lie
 
-    sharp/CLIP/       the images of each clip, in natural order of their names
-    recorded/CLIP/    with `recorded`, their degraded counterparts, of the same names up to the suffix
-    train.txt, val.txt, test.txt    which clips belong to which split, one name a line
+    sharp/CLIP/ or CLIP.mp4    the images of each clip, in natural order of their names, or a video file (VIDEO_SUFFIXES)
+    recorded/CLIP/             with `recorded`, their degraded counterparts, of the same names up to the suffix; or a video file
+    train.txt, val.txt, test.txt    which clips belong to which split, one name a line; a test set has the last one alone
     """
 
     kind: Literal["clips"]
@@ -159,22 +160,33 @@ def load_dataset(raw: Path) -> Dataset:
 
 
 def listed_clips(raw: Path) -> list[tuple[Split, str]]:
-    """(split, name) of each clip that the lists of a data set of kind `clips` name, in their order.
+    """(split, name) of each clip that the lists of a data set of kind `clips` name, in their order. A test set has a test.txt alone.
 
-    Raises DataError where a list is missing or empty, or a name is odd or occurs twice.
+    Raises DataError where no list names a clip, or a name is odd or occurs twice.
     """
     found: dict[str, Split] = {}
     for split in SPLITS:
         path = raw / f"{split}.txt"
-        if not path.is_file():
-            raise DataError(f"{path}: expected a list of the clips of this split, one name a line, found no such file; write or import it again")
-        names = path.read_text(encoding="utf-8").split()
-        if not names:
-            raise DataError(f"{path}: expected a clip name on each line, found none; enter at least one clip of {SHARP}/")
-        for name in names:
+        names = path.read_text(encoding="utf-8").split() if path.is_file() else None
+        if names == []:
+            raise DataError(f"{path}: expected a clip name on each line, found none; enter at least one clip of {SHARP}/, or remove the list")
+        for name in names or []:
             if not re.fullmatch(NAME, name):
                 raise DataError(f"{path}: expected the name of a folder of {SHARP}/, found {name!r}; correct or remove that line")
             if name in found:
                 raise DataError(f"{path}: clip {name} is listed in {found[name]}.txt already; expected each clip once: remove one of the lines")
             found[name] = split
+    if not found:
+        lists = ", ".join(f"{split}.txt" for split in SPLITS)
+        raise DataError(f"{raw}: expected lists of its clips ({lists}), one name a line, found none; write or import them again")
     return [(split, name) for name, split in found.items()]
+
+
+def clip_source(folder: Path, name: str) -> Path:
+    """The folder of images or the video file of a clip, below a data set's `sharp` or `recorded`. Raises DataError where it has neither."""
+    if (folder / name).is_dir():
+        return folder / name
+    videos = [path for suffix in VIDEO_SUFFIXES if (path := folder / f"{name}{suffix}").is_file()]
+    if not videos:
+        raise DataError(f"{folder / name}: expected a folder of frames or a video file of that name, found neither; import the data set again")
+    return videos[0]

@@ -14,9 +14,10 @@ import numpy as np
 from av.video.reformatter import Interpolation
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vrt.data.clips import DataError
+from vrt.data.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm")
 PNG_SIGNATURE, PNG_BITS_AT = b"\x89PNG\r\n\x1a\n", 24
 """How a PNG file begins, and which of its bytes tells the bits per channel (PNG specification, 5.2 and 11.2.2)."""
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
@@ -36,6 +37,11 @@ def image_paths(folder: Path) -> list[Path]:
     if not found:
         raise DataError(f"{folder}: expected frames ({', '.join(IMAGE_SUFFIXES)}), found none; export the video's frames as PNG there")
     return sorted(found, key=_natural)
+
+
+def is_video(path: Path) -> bool:
+    """By its name, whether it is there or not."""
+    return path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir()
 
 
 def paired(sharp: list[Path], recorded: list[Path]) -> list[Path]:

@@ -16,7 +16,9 @@ from ruamel.yaml import YAML
 from vrt.data.clips import NAME, SPLITS, DataError
 from vrt.data.dataset import RECORDED, SHARP
 from vrt.data.decoding import expected_frames, image_frames, image_paths, paired, video_frames
-from vrt.data.layouts import SourceClip, source_clips
+from vrt.data.layouts import LAYOUTS, SourceClip, source_clips
+from vrt.data.meta_info import Listed, chosen_clips, read_meta_info
+from vrt.data.sources import ClipFrames, check_frames, copy_frames
 from vrt.observe import log, progress
 
 # Long enough for every published configuration but the 16-frame one, whose training split is far longer anyway.
@@ -26,10 +28,11 @@ VALIDATION_PART, TEST_PART = 0.1, 0.1
 FRAMES_FOLDER = "frames"
 
 
-def import_dataset(source: Path, name: str, raw_root: Path, layout: str | None = None) -> Path:
+def import_dataset(source: Path, name: str, raw_root: Path, layout: str | None = None, meta_info: Path | None = None) -> Path:
     """Copy a video, the images of a folder, or with `layout` a folder of many clips, into a new data set `raw_root`/`name`; returns that.
 
-    One video or folder is split by its frames; the clips of a layout (`vrt.data.layouts`) as its publishers or its folders say.
+    One video or folder is split by its frames; the clips of a layout (`vrt.data.layouts`) as its publishers or its folders say, and with
+    `meta_info` only the training clips that this list names (`vrt.data.meta_info`).
 
     Raises DataError for a name that is taken or odd, and for a source that is missing, empty, no video, damaged, too
     short, of changing frame size, or not of that layout; nothing is left behind then.
@@ -42,7 +45,7 @@ def import_dataset(source: Path, name: str, raw_root: Path, layout: str | None =
     if not source.exists():
         raise DataError(f"{source}: expected a video or a folder of frames, found nothing; check the path")
     with _new_folder(target) as folder:
-        imported = _import_clips(source, folder, layout) if layout else _import_one(source, folder)
+        imported = _import_clips(source, folder, layout, meta_info) if layout else _import_one(source, folder)
     log.info("imported %s into %s", imported, target)
     return target
 
@@ -56,39 +59,59 @@ def _import_one(source: Path, folder: Path) -> str:
     return f"{count} frames: " + ", ".join(f"{split} {first} to {end - 1}" for split, [(first, end)] in splits.items())
 
 
-def _import_clips(source: Path, folder: Path, layout: str) -> str:
+def _import_clips(source: Path, folder: Path, layout: str, meta_info: Path | None) -> str:
     """What was imported, in words."""
     clips = source_clips(layout, source)
+    listed = read_meta_info(meta_info) if meta_info else {}
+    if meta_info:
+        clips = chosen_clips(clips, listed, meta_info)
     with progress(f"importing {source.name}", len(clips), "clips") as bar:
         for clip in clips:
             if not re.fullmatch(NAME, clip.name):
                 raise DataError(f"{clip.sharp}: expected a clip name of letters, digits, '.', '_' and '-', found {clip.name!r}; rename that folder")
-            _copy_clip(clip, folder)
+            _copy_clip(clip, folder, listed.get(clip.name))
             bar.advance(clip=clip.name)
     parts = []
-    for split in SPLITS:
+    for split in LAYOUTS[layout].splits:
         names = [clip.name for clip in clips if clip.split == split]
-        (folder / f"{split}.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+        (folder / f"{split}.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         parts.append(f"{split} {len(names)}")
     recorded = clips[0].recorded is not None
-    comment = f"Imported from {source.name!r}, layout {layout}; train.txt, val.txt and test.txt name the clips of each split"
+    lists = " and ".join(f"{split}.txt" for split in LAYOUTS[layout].splits)
+    comment = f"Imported from {source.name!r}, layout {layout}; {lists} name the clips of each split"
     _write_yaml(folder / "dataset.yaml", {"kind": "clips", "recorded": recorded}, comment)
     return f"{len(clips)} clips{' with their degraded frames' if recorded else ''}: {', '.join(parts)}"
 
 
-def _copy_clip(clip: SourceClip, folder: Path) -> None:
-    sharp = image_paths(clip.sharp)
-    folders = [(sharp, SHARP)] + ([(paired(sharp, image_paths(clip.recorded)), RECORDED)] if clip.recorded else [])
-    shapes = []
-    for paths, kind in folders:
-        shapes += [frame.shape for frame in image_frames(paths)][:1]
-        copies = folder / kind / clip.name
-        copies.mkdir(parents=True)
-        for path in paths:
-            shutil.copyfile(path, copies / path.name)
-    if shapes[0] != shapes[-1]:
-        wanted, found = (f"{height}x{width}" for height, width, _ in (shapes[0], shapes[-1]))
-        raise DataError(f"{clip.recorded}: expected frames of the size of the sharp ones, {wanted}; found {found}; use pairs of one size")
+def _copy_clip(clip: SourceClip, folder: Path, listed: Listed | None) -> None:
+    """Copy it and decode the copy. Raises DataError where it is damaged, not as listed, or its degraded frames don't fit the sharp ones."""
+    found = _brought(clip.sharp, folder / SHARP / clip.name)
+    if listed is not None and found != listed:
+        wanted, have = (f"{frames} frames of {height}x{width}" for frames, height, width in (listed, found))
+        raise DataError(f"{clip.sharp}: expected {wanted} as the meta-info list says, found {have}; complete your copy, or correct the list")
+    if clip.recorded is None:
+        return
+    folders = [place for place in (clip.sharp, clip.recorded) if isinstance(place, Path) and place.is_dir()]
+    if len(folders) == 2:
+        paired(*map(image_paths, folders))
+    theirs = _brought(clip.recorded, folder / RECORDED / clip.name)
+    if theirs[1:] != found[1:]:
+        wanted, have = (f"{height}x{width}" for _, height, width in (found, theirs))
+        raise DataError(f"{clip.recorded}: expected frames of the size of the sharp ones, {wanted}; found {have}; use pairs of one size")
+    if theirs[0] != found[0]:
+        raise DataError(f"{clip.recorded}: expected as many frames as sharp ones, {found[0]}; found {theirs[0]}; use pairs of one length")
+
+
+def _brought(source: ClipFrames, target: Path) -> Listed:
+    """Copy frames and decode all of them, where that can be done before: errors then name the user's own file."""
+    if isinstance(source, Path):
+        found = check_frames(source)
+        copy_frames(source, target)
+        return found
+    try:
+        return check_frames(copy_frames(source, target))
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
 
 
 def split_frames(count: int, source: Path) -> dict[str, list[tuple[int, int]]]:

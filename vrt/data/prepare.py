@@ -7,23 +7,17 @@ are packed side by side, a process a core; after an interruption those that are 
 import functools
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 
 from vrt.data.clips import SPLITS, Clip, PreparedData, Split
-from vrt.data.dataset import RECORDED, SHARP, Clips, Frames, FrameSplits, Synthetic, Video, listed_clips, load_dataset
-from vrt.data.decoding import image_frames, image_paths, paired, video_frames
+from vrt.data.dataset import RECORDED, SHARP, Clips, Frames, FrameSplits, Synthetic, Video, clip_source, listed_clips, load_dataset
+from vrt.data.decoding import decoded, expected_frames, image_frames, image_paths, paired, video_frames
+from vrt.data.side_by_side import side_by_side
 from vrt.data.synthetic import cut_regions, load_photographs, render_clip
 from vrt.data.writing import Writer, pack_clip, writing
 from vrt.observe import Bar, log, progress
@@ -31,9 +25,6 @@ from vrt.observe import Bar, log, progress
 # Longest clip: keeps validation of one clip within memory, and the clips of a long video even in length.
 CLIP_FRAMES = 100
 
-
-# Below, other processes take longer to start than to pack.
-FRAMES_WORTH_PROCESSES = 1000
 
 Decode = Callable[[], Iterator[np.ndarray]]
 """Begins to yield frames, each uint8 (H, W, 3), in whatever process calls it."""
@@ -51,6 +42,8 @@ class RawClip:
     """Stands for all it is made of."""
     recorded: Decode | None = None
     """The degraded frames recorded beside it, if the data set has some."""
+    video: Path | None = None
+    """A file that must be decoded to know how many frames it has; `frames` is what it promises."""
 
 
 def prepare(raw: Path, prepared: Path) -> PreparedData:
@@ -73,6 +66,11 @@ def prepare(raw: Path, prepared: Path) -> PreparedData:
     size = sum(stored.bytes for clip in data.index.clips for stored in clip.files)
     log.info("prepared %d clips, %.1f MB, in %s; digest %s", len(data.index.clips), size / 1e6, prepared, data.digest[:12])
     return data
+
+
+def raw_digest(raw: Path) -> str:
+    """Stands for the files of a data set as they are now, and for the code that clips are made by."""
+    return _digest(_facts(sorted(path for path in raw.rglob("*") if path.is_file())))
 
 
 def _pack_video(writer: Writer, path: Path, splits: FrameSplits) -> None:
@@ -99,42 +97,13 @@ def _pack_all(writer: Writer, clips: Iterator[RawClip]) -> None:
                 _enter(writer, finished, bar)
             else:
                 missing.append(clip)
-        processes = min(len(os.sched_getaffinity(0)), len(missing))
-        if processes > 1 and sum(clip.frames for clip in missing) >= FRAMES_WORTH_PROCESSES:
-            packed = _packed_side_by_side(writer.folder, missing, processes)
-        else:
-            packed = (_packed(writer.folder, clip) for clip in missing)
-        for clip in packed:
+        for clip in side_by_side(_packed, [(writer.folder, clip) for clip in missing], sum(clip.frames for clip in missing)):
             _enter(writer, clip, bar)
 
 
-def _packed_side_by_side(folder: Path, clips: list[RawClip], processes: int) -> Iterator[Clip]:
-    """The clips in the order in which they are finished."""
-    # A forked child of a process with threads (the progress bar) can hang.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
-    try:
-        for future in as_completed([pool.submit(_packed, folder, clip) for clip in clips]):
-            yield future.result()
-    except BrokenProcessPool:
-        raise RuntimeError("a process that packed clips was killed, for want of memory maybe; run the same again: finished clips stay") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _packed(folder: Path, clip: RawClip) -> Clip:
-    return pack_clip(folder, clip.split, clip.name, clip.frames, clip.pixels(), clip.recorded() if clip.recorded else None, clip.source)
-
-
-def _end_with_parent() -> None:
-    """A pool's processes would wait for work for ever after their parent was killed. Ctrl-C is the parent's to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    frames = sum(1 for _ in decoded(clip.video)) if clip.video else clip.frames
+    return pack_clip(folder, clip.split, clip.name, frames, clip.pixels(), clip.recorded() if clip.recorded else None, clip.source)
 
 
 def _enter(writer: Writer, clip: Clip, bar: Bar) -> None:
@@ -165,10 +134,20 @@ def _frame_clips(folder: Path, splits: FrameSplits) -> Iterator[RawClip]:
 def _listed_clips(raw: Path, dataset: Clips) -> Iterator[RawClip]:
     """Clips stay as long as they are: published tests measure whole ones."""
     for split, name in listed_clips(raw):
-        sharp = image_paths(raw / SHARP / name)
-        recorded = paired(sharp, image_paths(raw / RECORDED / name)) if dataset.recorded else []
-        degraded = functools.partial(image_frames, recorded) if recorded else None
-        yield RawClip(split, name, len(sharp), functools.partial(image_frames, sharp), _digest(_facts([*sharp, *recorded])), degraded)
+        sharp = clip_source(raw / SHARP, name)
+        recorded = clip_source(raw / RECORDED, name) if dataset.recorded else None
+        if sharp.is_dir() and recorded and recorded.is_dir():
+            paired(image_paths(sharp), image_paths(recorded))
+        files = [path for place in (sharp, recorded) if place for path in (image_paths(place) if place.is_dir() else [place])]
+        frames = len(image_paths(sharp)) if sharp.is_dir() else expected_frames(sharp)
+        yield RawClip(
+            split, name, frames, _decoding(sharp), _digest(_facts(files)), recorded and _decoding(recorded), sharp if sharp.is_file() else None
+        )
+
+
+def _decoding(place: Path) -> Decode:
+    """The frames of a folder of images or of a video file."""
+    return functools.partial(image_frames, image_paths(place)) if place.is_dir() else functools.partial(video_frames, place)
 
 
 def _facts(paths: Iterable[Path]) -> list[list[str | int]]:

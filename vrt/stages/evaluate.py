@@ -14,7 +14,7 @@ from vrt.checkpoint.store import S3Store
 from vrt.checkpoint.tracking import Lineage
 from vrt.data.cli import RAW
 from vrt.data.clips import PreparedData
-from vrt.data.prepare import prepare
+from vrt.data.prepare import prepare, raw_digest
 from vrt.evaluation.report import clip_records, summary_table, write_report
 from vrt.evaluation.run import Evaluation, evaluate
 from vrt.lifecycle import EXIT_DONE
@@ -73,9 +73,10 @@ def test_clips(name: str, params: Params) -> PreparedData:
     """The data set below data/raw/, prepared: in data/prepared/ where that is the one of the params file, else in a folder of its own."""
     if name == params.data.dataset and PREPARED.exists():
         return PreparedData.open(PREPARED)
-    prepared = OTHERS / name
-    if not (prepared / "index.json").exists():
+    prepared, made_of, source = OTHERS / name, OTHERS / f"{name}.source", raw_digest(RAW / name)
+    if not (prepared / "index.json").exists() or not made_of.exists() or made_of.read_text() != source:
         prepare(RAW / name, prepared)
+        made_of.write_text(source)
     return PreparedData.open(prepared)
 
 
