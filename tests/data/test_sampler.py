@@ -12,7 +12,8 @@ import torch
 
 from vrt.data.clips import Clip, DataError, PreparedData
 from vrt.data.degradations import bicubic_downsample, blur_downsample
-from vrt.data.sampler import Batch, check_sampling, evaluation_clip, training_batch, training_sample
+from vrt.data.evaluated import EvaluatedClip
+from vrt.data.sampler import Batch, check_sampling, training_batch, training_sample
 
 SMALL = {"train.crop": 16, "train.frames": 4, "train.batch_size": 2}
 BICUBIC = {"degradation": {"kind": "bicubic", "scale": 4}, "network.upscale": 4, **SMALL}
@@ -68,6 +69,12 @@ def test_a_sample_does_not_depend_on_the_rest_of_its_batch(coordinates: Prepared
     assert torch.equal(five.degraded[:2], two.degraded)
     degraded, truth = training_sample(coordinates, make_params(SMALL), 9, 4)
     assert torch.equal(degraded, five.degraded[4]) and torch.equal(truth, five.truth[4])
+
+
+def evaluation_clip(data: PreparedData, params, clip: Clip) -> Batch:
+    """A whole clip as it is evaluated."""
+    evaluated = EvaluatedClip(data, params, clip)
+    return Batch(*(frames[None] for frames in evaluated.read(0, evaluated.count)))
 
 
 def damage(data: PreparedData, clip: Clip) -> None:

@@ -77,15 +77,21 @@ def params_x4(params: Params) -> Params:
     return params.model_copy(update={"degradation": Bicubic(kind="bicubic", scale=4), "network": params.network.model_copy(update={"upscale": 4})})
 
 
+class StandIn:
+    """Of EvaluatedClip: whatever was given as a clip's degraded frames and truth."""
+
+    def __init__(self, data: Data, params: Params, clip: SimpleNamespace):
+        self.degraded, self.truth = data.splits[clip.split][clip.name]
+        self.name, self.count, self.height, self.width = clip.name, clip.frames, clip.height, clip.width
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return self.degraded[start:stop], self.truth[start:stop]
+
+
 @pytest.fixture
 def make_data(monkeypatch):
-    """Data from {split: {clip: (degraded, truth)}}, which `evaluate` reads through a stand-in of `evaluation_clip`."""
-
-    def evaluation_clip(data: Data, params: Params, clip: SimpleNamespace) -> SimpleNamespace:
-        degraded, truth = data.splits[clip.split][clip.name]
-        return SimpleNamespace(degraded=degraded[None], truth=truth[None])
-
-    monkeypatch.setattr(vrt.evaluation.run, "evaluation_clip", evaluation_clip)
+    """Data from {split: {clip: (degraded, truth)}}, which `evaluate` reads through a stand-in of `EvaluatedClip`."""
+    monkeypatch.setattr(vrt.evaluation.run, "EvaluatedClip", StandIn)
     return Data
 
 

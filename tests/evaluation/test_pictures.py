@@ -73,7 +73,7 @@ def test_the_worst_crop_is_where_the_error_is_largest():
     restored = truth.clone()
     restored[1, :, 10:20, 10:20] = 0.1
     restored[2, :, 30:94, 50:114] = 0.3
-    place = worst_crop(restored, truth)
+    _, place = worst_crop(restored, truth)
     assert place == Place(frame=2, top=30, left=50, height=64, width=64)
     assert torch.equal(place.cut(restored), torch.full((3, 64, 64), 0.3))
 
@@ -82,7 +82,7 @@ def test_the_worst_crop_is_where_the_error_is_largest():
 @settings(deadline=None)
 def test_no_crop_is_worse_than_the_worst(frames, height, width, side, seed):
     restored = torch.rand(frames, 3, height, width, generator=torch.Generator().manual_seed(seed))
-    place = worst_crop(restored, torch.zeros_like(restored), side)
+    error, place = worst_crop(restored, torch.zeros_like(restored), side)
     sides = min(side, height), min(side, width)
     assert (place.height, place.width) == sides
     squares = restored.double().square().unfold(2, sides[0], 1).unfold(3, sides[1], 1).sum((1, 4, 5))
@@ -90,7 +90,7 @@ def test_no_crop_is_worse_than_the_worst(frames, height, width, side, seed):
 
 
 def test_equal_clips_have_their_first_square_as_worst():
-    assert worst_crop(torch.ones(2, 3, 70, 70), torch.ones(2, 3, 70, 70)) == Place(0, 0, 0, 64, 64)
+    assert worst_crop(torch.ones(2, 3, 70, 70), torch.ones(2, 3, 70, 70)) == (0.0, Place(0, 0, 0, 64, 64))
 
 
 def test_a_comparison_is_a_titled_row_per_clip(texture):

@@ -1,5 +1,9 @@
 """`evaluate` on prepared clips as `vrt.data` stores and degrades them."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -109,3 +113,32 @@ def test_every_frame_in_between_is_made_from_its_own_neighbours(tmp_path, params
     # Means of two levels often lie right between two, and either is as good.
     assert evaluation.means.input.psnr == pytest.approx(quality(means, truth).psnr, abs=0.02)
     assert evaluation.input_label == "mean of the two neighbours"
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from vrt.data.clips import PreparedData
+from vrt.evaluation.run import evaluate
+from vrt.params import load_params
+torch.set_num_threads(1)
+class Nothing(torch.nn.Module):
+    def forward(self, clip):
+        return clip[:, :, :3]
+evaluate(Nothing(), PreparedData.open(Path(sys.argv[1])), load_params(Path(sys.argv[2])), "test")
+# Not getrusage, whose peak a child inherits from its parent.
+print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def test_a_clip_ten_times_as_long_is_evaluated_in_no_more_memory(tmp_path):
+    peaks = {}
+    for frames in (12, 120):
+        with writing(tmp_path / str(frames), "sample") as writer:
+            # As floats, the longer one alone is 70 MB, and there are three of them.
+            writer.add("test", "long", frames, (np.full((160, 320, 3), number, np.uint8) for number in range(frames)))
+        recipe = Path(__file__).parents[2] / "recipes/quickstart.yaml"
+        command = [sys.executable, "-c", PEAK, str(tmp_path / str(frames)), str(recipe)]
+        peaks[frames] = int(subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=recipe.parents[1]).stdout.splitlines()[-1])
+    assert peaks[120] < peaks[12] + 30, peaks

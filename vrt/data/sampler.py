@@ -6,7 +6,6 @@ a resumed training needs no fast-forward.
 Legend: B clips, D frames, C channels, H height, W width of the ground truth, h, w of the degraded input.
 """
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vrt.data.clips import NO_RECORDING, SPLITS, Clip, DataError, PreparedData
-from vrt.data.degradations import BICUBIC_REACH, add_noise, bicubic_downsample, blur_downsample, blur_reach, continue_backwards, motion_blur
+from vrt.data.degradations import BICUBIC_REACH, blur_reach, continue_backwards
+from vrt.data.degrading import as_floats, exposures, reduced, with_noise
 from vrt.params import Between, Bicubic, BlurDown, MotionBlur, Noise, Params, Recorded
 
 # So many damaged clips in a row are no chance: the disk is gone.
@@ -116,18 +116,18 @@ def _draw_crop(data: PreparedData, clip: Clip, first: int, params: Params, rng: 
     match params.degradation:
         case Noise() as noise:
             sigma = rng.uniform(noise.sigma_min, noise.sigma_max)
-            truth = _floats(data.read(clip, first, frames, *draw_place()))
-            return _noisy(truth, sigma, rng, params), truth
+            truth = as_floats(data.read(clip, first, frames, *draw_place()))
+            return with_noise(truth, sigma, rng, params), truth
         case Bicubic() | BlurDown() as reduction:
             return _draw_reduced_crop(data, clip, first, params, reduction, rng)
         case MotionBlur() as blur:
-            return _averaged(_floats(data.read(clip, first, frames, *draw_place())), blur.frames)
+            return exposures(as_floats(data.read(clip, first, frames, *draw_place())), blur.frames)
         case Recorded():
             place = draw_place()
-            degraded, truth = (_floats(data.read(clip, first, frames, *place, recorded=recorded)) for recorded in (True, False))
+            degraded, truth = (as_floats(data.read(clip, first, frames, *place, recorded=recorded)) for recorded in (True, False))
             return degraded, truth
         case Between():
-            return _given_and_made(_floats(data.read(clip, first, frames, *draw_place())), params.train.frames)
+            return _given_and_made(as_floats(data.read(clip, first, frames, *draw_place())), params.train.frames)
 
 
 def training_batch(data: PreparedData, params: Params, step: int, reads: Reads | None = None) -> Batch:
@@ -135,33 +135,6 @@ def training_batch(data: PreparedData, params: Params, step: int, reads: Reads |
     reads = reads or Reads()
     samples = [training_sample(data, params, step, index, reads) for index in range(params.train.batch_size)]
     return Batch(*(torch.stack(parts) for parts in zip(*samples)), skipped=tuple(reads.skipped))
-
-
-def evaluation_clip(data: PreparedData, params: Params, clip: Clip) -> Batch:
-    """A whole clip (B = 1), degraded in the same way whenever and by whomever it is evaluated.
-
-    The noise depends on the clip's name alone, not on the training's seed, so that trainings compare. For a reduction the
-    bottom and right rest of height and width that do not divide by the scale are cut off. For `between` every second
-    frame is degraded's, and truth has those that lie in the middle of params.network.img_size[0] of them.
-    Raises DataError where a clip has too few frames for that, or no recording.
-    """
-    match params.degradation:
-        case Noise() as noise:
-            truth = _floats(data.read_whole(clip))
-            name = hashlib.sha256(clip.file.encode()).digest()
-            rng = np.random.default_rng(list(name))
-            degraded = _noisy(truth, noise.sigma_test, rng, params)
-        case Bicubic() | BlurDown() as reduction:
-            height, width = (size - size % reduction.scale for size in (clip.height, clip.width))
-            truth = _floats(data.read(clip, 0, clip.frames, 0, 0, height, width))
-            degraded = _reduced(truth, reduction)
-        case MotionBlur() as blur:
-            degraded, truth = _averaged(_floats(data.read_whole(clip)), blur.frames)
-        case Recorded():
-            truth, degraded = (_floats(data.read_whole(clip, recorded)) for recorded in (False, True))
-        case Between():
-            degraded, truth = _given_and_made(_floats(data.read_whole(clip)), params.network.img_size[0])
-    return Batch(degraded[None], truth[None])
 
 
 def _draw_window(data: PreparedData, frames: int, rng: np.random.Generator) -> tuple[Clip, int]:
@@ -184,28 +157,9 @@ def _draw_reduced_crop(
         outer = max(0, start - reach * scale)
         spans.append((start - outer, outer, min(size, start + side + reach * scale) - outer))
     (y, top, height), (x, left, width) = spans
-    around = _floats(data.read(clip, first, window_frames(params), top, left, height, width))
-    degraded = _reduced(around, reduction)[..., y // scale : (y + side) // scale, x // scale : (x + side) // scale]
+    around = as_floats(data.read(clip, first, window_frames(params), top, left, height, width))
+    degraded = reduced(around, reduction)[..., y // scale : (y + side) // scale, x // scale : (x + side) // scale]
     return degraded, around[..., y : y + side, x : x + side]
-
-
-def _reduced(truth: Tensor, reduction: Bicubic | BlurDown) -> Tensor:
-    if isinstance(reduction, Bicubic):
-        reduced = bicubic_downsample(truth, reduction.scale)
-    else:
-        reduced = blur_downsample(truth, reduction.scale, reduction.sigma)
-    return _rounded(reduced)
-
-
-def _rounded(clip: Tensor) -> Tensor:
-    """To 8 bits, as the degraded frames of published data sets (and of users) are stored."""
-    return (clip * 255).round().clamp(0, 255) / 255
-
-
-def _averaged(frames: Tensor, exposed: int) -> tuple[Tensor, Tensor]:
-    """Blurred frames, rounded to 8 bits, and the sharp one in the middle of each: (D // exposed, C, H, W) twice; a rest is cut off."""
-    whole = frames[: len(frames) // exposed * exposed]
-    return _rounded(motion_blur(whole, exposed)), whole[exposed // 2 :: exposed]
 
 
 def _given_and_made(frames: Tensor, given: int) -> tuple[Tensor, Tensor]:
@@ -218,18 +172,6 @@ def _given_and_made(frames: Tensor, given: int) -> tuple[Tensor, Tensor]:
     if made < 1:
         raise DataError(f"expected at least {2 * given - 1} frames to make one in between, found {len(frames)}; use longer clips")
     return kept, frames[given - 1 :: 2][:made]
-
-
-def _noisy(truth: Tensor, sigma: float, rng: np.random.Generator, params: Params) -> Tensor:
-    noisy = add_noise(truth, sigma, rng)
-    if not params.network.nonblind_denoising:
-        return noisy
-    return torch.cat([noisy, torch.full_like(truth[:, :1], sigma / 255)], dim=1)
-
-
-def _floats(pixels: np.ndarray) -> Tensor:
-    """uint8 (D, H, W, 3) -> float32 (D, 3, H, W) in [0, 1]"""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def _turn(clip: Tensor, turns: np.ndarray) -> Tensor:

@@ -67,10 +67,14 @@ def quality(restored: Tensor, truth: Tensor) -> Quality:
 
     Raises ValueError as `psnr` and `ssim` do.
     """
+    return Quality(*qualities(restored, truth).mean(0).tolist())
+
+
+def qualities(restored: Tensor, truth: Tensor) -> Tensor:
+    """As `quality`, but of each frame: (D, 3, H, W) twice -> (D, 4) in the order of `Quality`."""
     _same_shape(restored, truth)
     # Frame by frame: a long clip in float64, four times over for SSIM, would not fit in memory.
-    frames = torch.stack([_frame_quality(_levels(ours), _levels(real)) for ours, real in zip(restored, truth)])
-    return Quality(*frames.mean(0).tolist())
+    return torch.stack([_frame_quality(_levels(ours), _levels(real)) for ours, real in zip(restored, truth)])
 
 
 def _frame_quality(ours: Tensor, real: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ def preview(degraded: Tensor, restored: Tensor, truth: Tensor) -> Image.Image:
     return _row(Triple(shown, restored, truth), "", least_zoom=1)
 
 
-def worst_crop(restored: Tensor, truth: Tensor, side: int = CROP) -> Place:
-    """Where a clip is restored worst: the square with the largest mean squared error, the first of equals.
+def worst_crop(restored: Tensor, truth: Tensor, side: int = CROP) -> tuple[float, Place]:
+    """Where a clip is restored worst: the square with the largest sum of squared errors, the first of equals; and that sum.
 
     (D, 3, H, W) twice; an axis shorter than `side` is taken whole.
     """
@@ -72,8 +72,8 @@ def worst_crop(restored: Tensor, truth: Tensor, side: int = CROP) -> Place:
         errors = table[height:, width:] - table[:-height, width:] - table[height:, :-width] + table[:-height, :-width]
         top, left = np.unravel_index(errors.argmax(), errors.shape)
         if errors[top, left] > best:
-            best, place = errors[top, left], Place(frame, int(top), int(left), height, width)
-    return place
+            best, place = float(errors[top, left]), Place(frame, int(top), int(left), height, width)
+    return best, place
 
 
 def comparison(rows: Sequence[tuple[str, Triple]]) -> Image.Image:

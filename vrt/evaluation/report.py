@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
+from vrt.evaluation.measuring import ClipResult, Scores
 from vrt.evaluation.pictures import comparison, png
-from vrt.evaluation.run import ClipResult, Evaluation, Scores
+from vrt.evaluation.run import Evaluation
 
 # Finer than any difference that means something, and coarse enough for a diff that can be read.
 DECIMALS = 4

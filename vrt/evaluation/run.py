@@ -1,22 +1,24 @@
-"""Evaluate a network: restore the clips of a split and measure them, and their input, against the truth.
+"""Evaluate a network: restore the clips of a split and measure them, and their input, against the truth, in memory that does not grow with a clip.
 
 Axes: B batch (1), D frames, C channels, H height, W width; lower-case h, w are those of the input.
 """
 
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 
+import torch
 from torch import Tensor, nn
 
 from vrt.data.clips import Clip, PreparedData
 from vrt.data.degradations import continue_backwards
-from vrt.data.sampler import Batch, evaluation_clip
-from vrt.evaluation.baseline import baseline, neighbours_mean
+from vrt.data.evaluated import EvaluatedClip
+from vrt.evaluation.baseline import neighbours_mean
 from vrt.evaluation.between import Interpolating, group
-from vrt.evaluation.metrics import Quality, quality
-from vrt.evaluation.pictures import Place, Triple, worst_crop
-from vrt.evaluation.tiling import AnySize, Size, restore, tile_count
+from vrt.evaluation.measuring import ClipResult, Measuring, Scores
+from vrt.evaluation.metrics import Quality
+from vrt.evaluation.pictures import Triple
+from vrt.evaluation.tiling import AnySize, Size, restore_stream, tile_count
 from vrt.observe import progress
-from vrt.params import Between, MotionBlur, Params
+from vrt.params import Between, Params
 
 INPUT_LABELS = {
     "noise": "noisy input",
@@ -27,39 +29,6 @@ INPUT_LABELS = {
     "between": "mean of the two neighbours",
 }
 """What one has without the network, by the kind of degradation, in a sentence that goes "... over the noisy input"."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How good the input is and how good what the network makes of it, each against the truth."""
-
-    input: Quality
-    restored: Quality
-
-    @property
-    def gain_db(self) -> float:
-        """PSNR of the restored less that of the input."""
-        return self.restored.psnr - self.input.psnr
-
-    def metrics(self) -> dict[str, float]:
-        """A flat mapping: psnr, ssim, psnr_y, ssim_y of the restored, each again as input_..., and gain_db."""
-        of_input = {f"input_{name}": value for name, value in asdict(self.input).items()}
-        return asdict(self.restored) | of_input | {"gain_db": self.gain_db}
-
-
-@dataclass(frozen=True)
-class ClipResult:
-    """One clip: its scores and what to show of it."""
-
-    name: str
-    frames: int
-    """That were measured."""
-    scores: Scores
-    worst: Place
-    """Where the restoration is furthest from the truth."""
-    worst_crops: Triple
-    middle: Triple | None
-    """The frame in the middle of the clip; kept of the first clip only, since frames are large."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +58,21 @@ def evaluate(network: nn.Module, data: PreparedData, params: Params, split: str,
 
     Raises ValueError if there is no clip, or the network returns NaN, infinity or another size than the truth.
     """
-    clips = _chosen_clips(data, split, limit)
+    clips = [EvaluatedClip(data, params, clip) for clip in _chosen_clips(data, split, limit)]
     tile, overlap, upscale = params.evaluate.tile, params.evaluate.overlap, params.network.upscale
-    rows = []
+    rows: list[ClipResult] = []
     applied = AnySize(Interpolating(network, params.network.img_size[0]) if _interpolates(params) else network, upscale)
     with progress(f"evaluate {split}", sum(tile_count(_input_size(clip, params), tile, overlap) for clip in clips), "tiles") as bar:
         for clip in clips:
-            batch = evaluation_clip(data, params, clip)
-            given, shown = _network_input(batch, params)
-            restored = restore(applied, given, tile, overlap, upscale, lambda name=clip.name: bar.advance(clip=name))
-            pairs = shown, restored[0, : batch.truth.shape[1]], batch.truth[0]
-            rows.append(measure(clip.name, *pairs, keep_middle=not rows, centre_only=params.evaluate.measured == "centre"))
+            given = _Given(clip, params)
+            measuring = Measuring(clip.name, clip.count, keep_middle=not rows, centre_only=params.evaluate.measured == "centre")
+            pieces = restore_stream(
+                applied, given.read, _input_size(clip, params), tile, overlap, upscale, progress=lambda name=clip.name: bar.advance(clip=name)
+            )
+            for first, piece in pieces:
+                restored = piece[0, : max(0, clip.count - first)]
+                measuring.add(first, *given.pairs(first, len(restored)), restored)
+            rows.append(measuring.result())
     means = Scores(_mean([row.scores.input for row in rows]), _mean([row.scores.restored for row in rows]))
     return Evaluation(split, INPUT_LABELS[params.degradation.kind], tuple(rows), means)
 
@@ -109,54 +82,42 @@ def validate(network: nn.Module, data: PreparedData, params: Params, limit: int 
     return evaluate(network, data, params, "val", limit)
 
 
-def measure(name: str, degraded: Tensor, restored: Tensor, truth: Tensor, keep_middle: bool, centre_only: bool) -> ClipResult:
-    """Compare one clip, `degraded` (D, C, h, w) and `restored` (D, 3, H, W), with its `truth` (D, 3, H, W), or the frame in the middle alone."""
-    if restored.shape != truth.shape:
-        found = f"found {tuple(restored.shape)}"
-        raise ValueError(f"restored clip {name!r}: expected the shape of the truth {tuple(truth.shape)}, {found}; prepare the data again")
-    _check_finite(name, restored)
-    first = len(truth) // 2 if centre_only else 0
-    if centre_only:
-        degraded, restored, truth = (frames[first : first + 1] for frames in (degraded, restored, truth))
-    before = baseline(degraded, *truth.shape[-2:])
-    worst, middle = worst_crop(restored, truth), len(truth) // 2
-    return ClipResult(
-        name,
-        frames=len(truth),
-        scores=Scores(quality(before, truth), quality(restored, truth)),
-        worst=worst._replace(frame=first + worst.frame),
-        worst_crops=Triple(*(worst.cut(frames).clone() for frames in (before, restored, truth))),
-        middle=Triple(*(frames[middle].clone() for frames in (before, restored, truth))) if keep_middle else None,
-    )
+class _Given:
+    """What the network gets of a clip, and what it is measured against, of the frames at hand alone.
+
+    A clip shorter than the network's windows is continued backwards, as in training; what is made of those frames is not measured.
+    """
+
+    def __init__(self, clip: EvaluatedClip, params: Params):
+        self._clip, self._frames, self._between = clip, params.network.img_size[0], _interpolates(params)
+        self._first = 0
+        self._shown = self._truth = torch.empty(0)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """(1, D, C, h, w)."""
+        degraded, self._truth = self._clip.read(start, min(stop, self._clip.count))
+        self._first = start
+        if self._between:
+            groups = group(degraded[None], self._frames)
+            self._shown = neighbours_mean(groups[0], self._frames)
+            return groups
+        self._shown = degraded
+        return continue_backwards(degraded, self._frames)[None] if self._clip.count < self._frames else degraded[None]
+
+    def pairs(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """What one has without the network of some of the frames read last, (D, C, h, w), and their truth, (D, 3, H, W)."""
+        part = slice(first - self._first, first - self._first + count)
+        return self._shown[part], self._truth[part]
 
 
 def _interpolates(params: Params) -> bool:
     return isinstance(params.degradation, Between)
 
 
-def _network_input(batch: Batch, params: Params) -> tuple[Tensor, Tensor]:
-    """What the network gets, (1, D, C, h, w), and what one has without it, (D, C, h, w), of a clip.
-
-    A clip shorter than the network's windows is continued backwards, as in training; what is made of those frames is not measured.
-    """
-    frames = params.network.img_size[0]
-    if _interpolates(params):
-        groups = group(batch.degraded, frames)
-        return groups, neighbours_mean(groups[0], frames)
-    return continue_backwards(batch.degraded, frames), batch.degraded[0]
-
-
-def _input_size(clip: Clip, params: Params) -> Size:
-    """Frames, height and width of what `_network_input` gives for a clip."""
-    frames, upscale = params.network.img_size[0], params.network.upscale
-    match params.degradation:
-        case Between():
-            count = (clip.frames + 1) // 2 - frames + 1
-        case MotionBlur() as blur:
-            count = max(clip.frames // blur.frames, frames)
-        case _:
-            count = max(clip.frames, frames)
-    return count, clip.height // upscale, clip.width // upscale
+def _input_size(clip: EvaluatedClip, params: Params) -> Size:
+    """Frames, height and width of what `_Given` gives for a clip."""
+    count = clip.count if _interpolates(params) else max(clip.count, params.network.img_size[0])
+    return count, clip.height // params.network.upscale, clip.width // params.network.upscale
 
 
 def _chosen_clips(data: PreparedData, split: str, limit: int | None) -> tuple[Clip, ...]:
@@ -166,14 +127,6 @@ def _chosen_clips(data: PreparedData, split: str, limit: int | None) -> tuple[Cl
     if not clips:
         raise ValueError(f"split {split!r}: expected at least one clip to evaluate, found none; add clips to it and prepare the data again")
     return clips
-
-
-def _check_finite(name: str, restored: Tensor) -> None:
-    bad = (~restored.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-    if bad:
-        found = f"found NaN or infinity in {len(bad)} of {len(restored)} frames, first in frame {bad[0]}"
-        remedy = "the weights are damaged or the training diverged: go back to an earlier checkpoint, or lower optimizer.lr"
-        raise ValueError(f"restored clip {name!r}: expected finite values, {found}; {remedy}")
 
 
 def _mean(qualities: list[Quality]) -> Quality:
