@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from vrt.evaluation import tiling
 from vrt.evaluation.tiling import AnySize, blend_weights, restore, restore_stream, tile_count, tile_spans
 
 
@@ -265,3 +266,32 @@ def test_any_size_gives_a_network_of_strict_sizes_what_it_takes():
     restored = AnySize(Strict(), 4)(clip)
     assert seen == [(1, 2, 3, 32, 80)]
     assert torch.equal(restored, clip.repeat_interleave(4, -1).repeat_interleave(4, -2))
+
+
+def test_tiles_go_together_as_far_as_memory_allows_and_come_out_the_same(monkeypatch):
+    class Small(nn.Module):
+        """Has memory for three tiles at once."""
+
+        def __init__(self):
+            super().__init__()
+            self.tried = []
+
+        def forward(self, x):
+            self.tried.append(len(x))
+            if len(x) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return x[:, :, :3] * 0.5
+
+    clip = torch.rand(1, 2, 3, 40, 40)
+    alone = restore(Small(), clip, (2, 16, 16), (0, 8, 8), 1)
+    monkeypatch.setattr(tiling, "most_at_once", lambda device, tiles: tiles)
+    network = Small()
+    assert torch.equal(restore(network, clip, (2, 16, 16), (0, 8, 8), 1), alone)
+    assert network.tried == [16, 8, 4, *[2] * 8]
+
+    class Nothing(Small):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        restore(Nothing(), clip, (2, 16, 16), (0, 8, 8), 1)

@@ -21,8 +21,9 @@ def restore(network: nn.Module, degraded: Tensor, tile: Size, overlap: Size, ups
     """Restore a clip: (B, D, C, h, w) -> (B, D, 3, h * upscale, w * upscale) on the CPU.
 
     `tile` and `overlap` are frames, height and width of the input; an axis shorter than its tile is taken whole, so a clip that
-    fits in one tile gives the very bits of `network(degraded)`. Only one tile at a time lies on the network's device. The modes
-    (training or evaluation) of the network and its parts are as before afterwards. `progress` is called once per tile.
+    fits in one tile gives the very bits of `network(degraded)`. On a CPU one tile at a time goes through the network, on a GPU as many as
+    it has memory for. The modes (training or evaluation) of the network and its parts are as before afterwards. `progress` is called
+    once per tile.
 
     Raises ValueError if the overlap does not leave a tile room to advance, or the network returns another shape than expected.
     """
@@ -79,21 +80,43 @@ def _restore_window(
     batch, frames, _, height, width = degraded.shape
     spans = [tile_spans(*axis) for axis in zip((height, width), tile, overlap)]
     ramps = [blend_weights(axis, o * upscale, upscale) for axis, o in zip(spans, overlap)]
-    device = next(network.parameters(), degraded).device
     restored = torch.zeros(batch, frames, 3, height * upscale, width * upscale)
+    places = list(itertools.product(*(range(len(axis)) for axis in spans)))
+    parts = [[slice(*axis[i]) for axis, i in zip(spans, place)] for place in places]
     # Not inference_mode: masks that the network computes here and keeps must remain fit for training.
     with _evaluation_mode(network), torch.no_grad():
-        for place in itertools.product(*(range(len(axis)) for axis in spans)):
-            rows, columns = (slice(*axis[i]) for axis, i in zip(spans, place))
-            output = network(degraded[..., rows, columns].to(device)).float().cpu()
-            rows, columns = (slice(span.start * upscale, span.stop * upscale) for span in (rows, columns))
-            target = restored[..., rows, columns]
+        outputs = _outputs(network, [degraded[..., rows, columns] for rows, columns in parts])
+        for place, (rows, columns), output in zip(places, parts, outputs):
+            target = restored[..., rows.start * upscale : rows.stop * upscale, columns.start * upscale : columns.stop * upscale]
             _check_shape(output, target)
             down, across = (axis[i] for axis, i in zip(ramps, place))
             target += output * down.view(-1, 1) * across
             if progress:
                 progress()
     return restored
+
+
+def _outputs(network: nn.Module, tiles: list[Tensor]) -> Iterator[Tensor]:
+    """What the network makes of tiles of one size, in order, on the CPU: as many at once as its device has memory for."""
+    device = next(network.parameters(), tiles[0]).device
+    at_once, done = most_at_once(device, len(tiles)), 0
+    while done < len(tiles):
+        some = tiles[done : done + at_once]
+        try:
+            together = network(torch.cat(some).to(device)).float().cpu()
+        except torch.OutOfMemoryError:
+            if at_once == 1:
+                raise
+            at_once //= 2
+            torch.cuda.empty_cache()
+            continue
+        yield from together.split(len(tiles[0]))
+        done += len(some)
+
+
+def most_at_once(device: torch.device, tiles: int) -> int:
+    """How many tiles to try first: all of them on a GPU, which many keep busy; on a CPU one does, and takes the least memory."""
+    return tiles if device.type == "cuda" else 1
 
 
 class AnySize(nn.Module):
