@@ -81,6 +81,10 @@ def parser() -> argparse.ArgumentParser:
     init.add_argument("--recipe", required=True, help="a recipe that `vrt recipes` lists, by name or number, such as quickstart or 006")
     init.add_argument("--params", type=Path, default=Path("params.yaml"), help="file to write (default: params.yaml)")
     init.set_defaults(run=_init)
+    doctor = commands.add_parser("doctor", help="whether all that a training needs is there and works, and how to mend what does not")
+    doctor.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: params.yaml)")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(run=_doctor)
     drill = commands.add_parser("drill", help="prove by killing, on your own services and recipe, that nothing is lost")
     drill.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: params.yaml)")
     phases = f"kill at this phase, one of {', '.join(Phase)}; repeat for more"
@@ -131,6 +135,13 @@ def _recipes(args: argparse.Namespace) -> int:
     else:
         Console().print(recipe_table(recipes), dataset_table(recipes))
     return EXIT_DONE
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from vrt.stages.doctor import run_doctor
+
+    _lead_to_services()
+    return run_doctor(args.params, args.json)
 
 
 def _drill(args: argparse.Namespace) -> int:

@@ -17,6 +17,10 @@ class StoreUnavailable(RuntimeError):
     """The store or the registry did not answer. Worth trying again: training goes on meanwhile."""
 
 
+class StoreRefuses(StoreUnavailable):
+    """The store answered no: to these credentials, for this bucket. Rights can be mended while the training goes on."""
+
+
 class SavesFail(RuntimeError):
     """Saving failed so often, or so early, that going on would risk the training."""
 

@@ -7,13 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from vrt.checkpoint.errors import CheckpointError, Missing, StoreUnavailable
+from vrt.checkpoint.errors import CheckpointError, Missing, StoreRefuses, StoreUnavailable
 from vrt.checkpoint.manifest import FileEntry, Manifest, manifest_name
 from vrt.checkpoint.phases import Phase, reached
 from vrt.checkpoint.ranges import in_order
 from vrt.observe import log, progress
+
+if TYPE_CHECKING:
+    import boto3
 
 MB = 1_000_000
 
@@ -47,8 +50,10 @@ class S3Store:
     TRIES = 4
     SECONDS_BEFORE_ANOTHER_TRY = 0.1
 
-    def __init__(self, prefix: str):
+    def __init__(self, prefix: str, session: "boto3.Session | None" = None):
+        """`session`: whose key to use; None: that of the environment."""
         self._prefix = prefix.rstrip("/")
+        self._session = session
         self._client = None
 
     def publish(self, manifest: Manifest, folder: Path) -> str:
@@ -301,7 +306,7 @@ class S3Store:
                     # All that is read is hashed here. Where it checks too, botocore fails over a 503 with an AttributeError.
                     response_checksum_validation="when_required",
                 )
-                self._client = boto3.client("s3", config=config)
+                self._client = (self._session or boto3).client("s3", config=config)
             yield self._client
         except NoCredentialsError as error:
             raise StoreUnavailable(f"{address}: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
@@ -312,8 +317,9 @@ class S3Store:
                 raise StoreUnavailable(f"{address}: the store does not answer ({error})") from error
             if answer.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
                 raise Missing(f"{address}: there is no such object in the store ({answer})") from error
-            # Rights can be mended while the training goes on, so this is no verdict on the checkpoint.
-            raise StoreUnavailable(f"{address}: the store refused ({answer}); check the credentials, the bucket and its policy") from error
+            # No verdict on the checkpoint.
+            refused = StoreUnavailable if status(answer) >= 500 else StoreRefuses
+            raise refused(f"{address}: the store refused ({answer}); check the credentials, the bucket and its policy") from error
 
 
 def status(error) -> int:

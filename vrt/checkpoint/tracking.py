@@ -91,6 +91,11 @@ class MlflowRun:
         """Where trainers claim the lineage, if the store can be trusted with that."""
         return lease_address(self._artifacts, self.lineage.id)
 
+    def home(self) -> str:
+        """Where the runs of all trainings keep their files; the experiment is made where there is none yet."""
+        with self.guarded() as client:
+            return client.get_experiment(self._experiment(client)).artifact_location
+
     def attach(self) -> bool:
         """Find the run of the lineage, to read it or add to it, without starting an attempt. False: there is none."""
         with self.guarded() as client:
