@@ -12,7 +12,7 @@ import torch
 
 from vrt.data.clips import DataError, PreparedData
 from vrt.data.loading import training_batches
-from vrt.data.sampler import Batch
+from vrt.data.sampler import Batch, Share
 
 SMALL = {"train.crop": 16, "train.frames": 4, "train.batch_size": 2}
 
@@ -27,6 +27,22 @@ def test_a_restart_in_between_sees_the_same_batches(coordinates: PreparedData, m
     assert [step for step, _ in whole] == [1, 2, 3, 4, 5, 6]
     resumed = list(training_batches(coordinates, params, 4, 6))
     assert all(one[0] == two[0] and same(one[1], two[1]) for one, two in zip(whole[3:], resumed, strict=True))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_share_the_very_batches_that_one_has(world: int, coordinates: PreparedData, make_params):
+    params = make_params({**SMALL, "train.batch_size": 4, "data.workers": 0})
+    whole = list(training_batches(coordinates, params, 3, 5))
+    shares = [list(training_batches(coordinates, params, 3, 5, Share(rank, world))) for rank in range(world)]
+    for number, (step, batch) in enumerate(whole):
+        parts = [share[number] for share in shares]
+        assert {part[0] for part in parts} == {step} and {len(part[1].truth) for part in parts} == {4 // world}
+        assert same(Batch(*(torch.cat([getattr(part, name) for _, part in parts]) for name in ("degraded", "truth"))), batch)
+
+
+def test_a_batch_that_can_not_be_shared_is_refused(coordinates: PreparedData, make_params):
+    with pytest.raises(ValueError, match="train.batch_size 2: expected a multiple of the 3 processes that share it; choose a number of processes"):
+        next(training_batches(coordinates, make_params(SMALL), 1, 2, Share(0, 3)))
 
 
 def test_workers_change_nothing(coordinates: PreparedData, make_params):

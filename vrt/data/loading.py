@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from vrt.data.clips import PreparedData
 from vrt.data.errors import DataError
-from vrt.data.sampler import Batch, Reads, check_sampling, training_batch
+from vrt.data.sampler import ALL, Batch, Reads, Share, check_sampling, training_batch
 from vrt.observe import log
 from vrt.params import Params
 
@@ -18,8 +18,8 @@ from vrt.params import Params
 LONGEST_NOTE = 400
 
 
-def training_batches(data: PreparedData, params: Params, first_step: int, last_step: int) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) for each step from `first_step` to `last_step`, both included, made by params.data.workers processes.
+def training_batches(data: PreparedData, params: Params, first_step: int, last_step: int, share: Share = ALL) -> Iterator[tuple[int, Batch]]:
+    """(step, `share` of its batch) for each step from `first_step` to `last_step`, both included, made by params.data.workers processes.
 
     Raises DataError: at once where clips are too small, later where a clip can't be read (it names step and clip).
     If a worker is killed, torch raises a RuntimeError, wherever the trainer is then; what the worker read is logged when the batches are closed.
@@ -27,20 +27,20 @@ def training_batches(data: PreparedData, params: Params, first_step: int, last_s
     check_sampling(data, params)
     steps = range(first_step, last_step + 1)
     if params.data.workers == 0:
-        return ((step, training_batch(data, params, step)) for step in steps)
-    return _batches_from_workers(data, params, steps)
+        return ((step, training_batch(data, params, step, share)) for step in steps)
+    return _batches_from_workers(data, params, steps, share)
 
 
 class _Steps:
     """The data set that a DataLoader sees: indexed by step."""
 
-    def __init__(self, data: PreparedData, params: Params, notes: list[SynchronizedArray]):
-        self._data, self._params, self._notes = data, params, notes
+    def __init__(self, data: PreparedData, params: Params, share: Share, notes: list[SynchronizedArray]):
+        self._data, self._params, self._share, self._notes = data, params, share, notes
 
     def __getitem__(self, step: int) -> tuple[int, Batch | DataError]:
         reads = _NotedReads(self._notes[get_worker_info().id])
         try:
-            batch = training_batch(self._data, self._params, step, reads)
+            batch = training_batch(self._data, self._params, step, self._share, reads)
         except DataError as error:
             # Raised here, it would reach the user inside a page of torch's traceback.
             return step, error
@@ -59,12 +59,12 @@ class _NotedReads(Reads):
         self._note.value = what.encode()[: LONGEST_NOTE - 1]
 
 
-def _batches_from_workers(data: PreparedData, params: Params, steps: range) -> Iterator[tuple[int, Batch]]:
+def _batches_from_workers(data: PreparedData, params: Params, steps: range, share: Share) -> Iterator[tuple[int, Batch]]:
     # A forked child of a process with threads (the checkpoint writer) can hang.
     processes = torch.multiprocessing.get_context("spawn")
     notes = [processes.Array(ctypes.c_char, LONGEST_NOTE) for _ in range(params.data.workers)]
     loader = DataLoader(
-        _Steps(data, params, notes),
+        _Steps(data, params, share, notes),
         batch_size=None,
         sampler=steps,
         num_workers=params.data.workers,

@@ -130,10 +130,30 @@ def _draw_crop(data: PreparedData, clip: Clip, first: int, params: Params, rng: 
             return _given_and_made(as_floats(data.read(clip, first, frames, *draw_place())), params.train.frames)
 
 
-def training_batch(data: PreparedData, params: Params, step: int, reads: Reads | None = None) -> Batch:
-    """The global batch of `step` (counted from 1)."""
+@dataclass(frozen=True)
+class Share:
+    """The part of every global batch that one of several processes trains on. Together, in the order of their ranks, they have all of it."""
+
+    rank: int
+    world: int
+    """Processes."""
+
+    def samples(self, batch_size: int) -> range:
+        """Their indices within the global batch. Raises ValueError where the batch can't be shared out evenly."""
+        if batch_size % self.world:
+            remedy = "choose a number of processes that divides it"
+            raise ValueError(f"train.batch_size {batch_size}: expected a multiple of the {self.world} processes that share it; {remedy}")
+        count = batch_size // self.world
+        return range(self.rank * count, (self.rank + 1) * count)
+
+
+ALL = Share(0, 1)
+
+
+def training_batch(data: PreparedData, params: Params, step: int, share: Share = ALL, reads: Reads | None = None) -> Batch:
+    """The global batch of `step` (counted from 1), or a process's share of it."""
     reads = reads or Reads()
-    samples = [training_sample(data, params, step, index, reads) for index in range(params.train.batch_size)]
+    samples = [training_sample(data, params, step, index, reads) for index in share.samples(params.train.batch_size)]
     return Batch(*(torch.stack(parts) for parts in zip(*samples)), skipped=tuple(reads.skipped))
 
 
