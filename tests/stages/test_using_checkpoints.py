@@ -100,8 +100,11 @@ def test_any_checkpoint_is_measured_on_any_test_set_and_the_better_one_is_the_ch
     assert (here.root / clips).read_text() != before
     registry = Curator(lineage_named(lineage))
     assert registry.attach()
-    tables = [artifact.path for artifact in MlflowClient().list_artifacts(registry.run_id, "evaluation")]
-    assert tables == ["evaluation/step-4-on-other.json"]
+    client = MlflowClient()
+    (shown,) = json.loads(client.get_run(registry.run_id).data.tags["mlflow.loggedArtifacts"])
+    assert shown == {"path": "evaluation/step-4-on-other.json", "type": "table"}
+    table = json.loads(Path(client.download_artifacts(registry.run_id, shown["path"])).read_text())
+    assert table["columns"][:2] == ["clip", "frames"] and len(table["data"]) == 1
     assert float(registry.tags_of(4)["test_other_psnr"]) == pytest.approx(report["psnr"], rel=1e-5)
 
     assert here.run("vrt", "promote", "--checkpoint", f"{lineage}@1", "--dry-run").returncode == 0

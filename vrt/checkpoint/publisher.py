@@ -156,7 +156,7 @@ class Publisher:
                 # Whatever it is, the training must go on and the checkpoint is safe on disk: say it and try again.
                 pause = min(2 * pause, LONGEST_PAUSE)
                 if str(error) != self._trouble:
-                    log.warning("publishing is held up, training goes on: %s", error, exc_info=not isinstance(error, StoreUnavailable))
+                    log.warning("publishing is held up, training goes on: %s", error, exc_info=not isinstance(error, StoreUnavailable | LeaseLost))
                 self._trouble = str(error)
                 with self._changed:
                     self._changed.wait(1.0 if self._finishing else pause)
@@ -242,4 +242,4 @@ class Publisher:
             self._registered(manifest)
         except Exception as error:
             # The checkpoint is registered; what follows from it is done after the next one.
-            log.warning("after registering checkpoint %d: %s", manifest.step, error, exc_info=not isinstance(error, StoreUnavailable))
+            log.warning("after registering checkpoint %d: %s", manifest.step, error, exc_info=not isinstance(error, StoreUnavailable | LeaseLost))

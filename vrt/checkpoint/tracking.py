@@ -3,9 +3,10 @@
 This module and `registry` are all that import MLflow.
 """
 
+import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
 EXPERIMENT = "vrt"
 LEASE_KIND = "vrt.lease_kept_in"
 DESCRIPTION = "mlflow.note.content"
+TABLES = "mlflow.loggedArtifacts"
 LONGEST_DESCRIPTION = 8000
 """Characters of a tag's value, at most."""
 
@@ -168,15 +170,13 @@ class MlflowRun:
                 if shown.get(key) != value:
                     client.log_metric(self.run_id, key, value, step=step)
 
-    def put_table(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
-        """Keep records with the run as the table `name`.json, which MLflow's pages show as one; nothing where the run has it already."""
-        columns = list(records[0])
-        file = f"{name}.json"
+    def show_table(self, path: str) -> None:
+        """Let MLflow's pages show a file of the run, JSON with `columns` and `data`, as a table; `path` is relative to the run's files."""
         with self.guarded() as client:
-            folder = os.path.dirname(file)
-            if any(found.path == file for found in client.list_artifacts(self.run_id, folder)):
-                return
-            client.log_table(self.run_id, {column: [record[column] for record in records] for column in columns}, file)
+            shown = json.loads(client.get_run(self.run_id).data.tags.get(TABLES, "[]"))
+            entry = {"path": path, "type": "table"}
+            if entry not in shown:
+                client.set_tag(self.run_id, TABLES, json.dumps([*shown, entry]))
 
     def note(self, key: str, text: str) -> None:
         """Put a tag on the run that a person should see, such as why a save failed."""

@@ -1,5 +1,6 @@
 """`vrt evaluate`: restore the test clips with the trained model and measure them against the truth."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def measure_checkpoint(chosen: Chosen, dataset: str | None) -> Evaluation:
         registry.tag(step, {f"test_{name}_{key}": f"{means[key]:.6g}" for key in ("psnr", "ssim")})
         if registry.attach():
             registry.record(step, {f"test-{name}/{key}": value for key, value in means.items()})
-            registry.put_table(f"evaluation/step-{step}-on-{name}", clip_records(evaluation))
+            _put_table(registry, step, name, evaluation)
     return evaluation
 
 
@@ -100,11 +101,19 @@ def _record(name: str, dataset: str, manifest: Manifest, evaluation: Evaluation)
     try:
         if registry.attach():
             registry.record(manifest.step, {f"test/{key}": value for key, value in evaluation.metrics().items()})
-            registry.put_table(f"evaluation/step-{manifest.step}-on-{dataset}", clip_records(evaluation))
+            _put_table(registry, manifest.step, dataset, evaluation)
             _complete_provenance(registry)
     except StoreUnavailable as error:
         # The numbers are in the report that DVC versions; the run is where people look, not where results live.
         log.warning("the test results are not in the MLflow run: %s", error)
+
+
+def _put_table(registry: Curator, step: int, dataset: str, evaluation: Evaluation) -> None:
+    """Keep the results of every clip with the run, as a table that MLflow's pages show."""
+    records, name = clip_records(evaluation), f"step-{step}-on-{dataset}.json"
+    content = json.dumps({"columns": list(records[0]), "data": [list(record.values()) for record in records]}).encode()
+    S3Store(registry.checkpoints_address).put_beside(f"{registry.artifacts_address}/evaluation", {name: content})
+    registry.show_table(f"evaluation/{name}")
 
 
 def _complete_provenance(registry: Curator) -> None:
