@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -42,9 +42,7 @@ class Part:
     split: Split | None
     name: str
     sharp: ClipFrames
-    recorded: ClipFrames | None
-    expected: int
-    """Frames, as far as is known without decoding."""
+    recorded: ClipFrames | None = None
 
 
 def check_raw(raw: Path) -> list[Found]:
@@ -55,30 +53,33 @@ def check_raw(raw: Path) -> list[Found]:
             splits = [(split, getattr(dataset.splits, split)) for split in SPLITS]
             return [Found(split, "synthetic", s.clips * s.frames, ((s.height, s.width),), False, ()) for split, s in splits]
         case Video():
-            parts = [Part(None, dataset.file, raw / dataset.file, None, 0)]
+            parts = [Part(None, dataset.file, raw / dataset.file)]
         case Frames():
-            parts = [Part(None, dataset.folder, raw / dataset.folder, None, 0)]
+            parts = [Part(None, dataset.folder, raw / dataset.folder)]
         case Clips():
-            parts, unfound = [], []
-            for split, name in listed_clips(raw):
-                try:
-                    kinds = (SHARP, RECORDED) if dataset.recorded else (SHARP,)
-                    sharp, recorded = ([clip_source(raw / kind, name) for kind in kinds] + [None])[:2]
-                    parts.append(Part(split, name, sharp, recorded, 0))
-                except DataError as error:
-                    unfound.append(Found(split, name, 0, (), False, (str(error),)))
-            return unfound + _looked_at(parts)
-    found = _looked_at(parts)
+            return _check_listed(raw, dataset)
+    (found,) = _looked_at(parts)
     last = max(end for _, _, end in dataset.splits.ordered())
-    if found[0].frames < last and not found[0].problems:
-        problem = f"{raw / 'dataset.yaml'}: expected {last} frames for its ranges, found {found[0].frames}; correct the ranges"
-        found = [Found(*(getattr(found[0], key) for key in ("split", "name", "frames", "sizes", "recorded")), (problem,))]
-    return found
+    if found.frames < last and not found.problems:
+        problem = f"{raw / 'dataset.yaml'}: expected {last} frames for its ranges, found {found.frames}; correct the ranges"
+        return [replace(found, problems=(problem,))]
+    return [found]
+
+
+def _check_listed(raw: Path, dataset: Clips) -> list[Found]:
+    parts, missing = [], []
+    for split, name in listed_clips(raw):
+        try:
+            recorded = clip_source(raw / RECORDED, name) if dataset.recorded else None
+            parts.append(Part(split, name, clip_source(raw / SHARP, name), recorded))
+        except DataError as error:
+            missing.append(Found(split, name, 0, (), False, (str(error),)))
+    return missing + _looked_at(parts)
 
 
 def check_copy(folder: Path, layout: str) -> list[Found]:
     """Decode all of a copy of a published data set, before it is imported. Raises DataError where its layout is another."""
-    return _looked_at([Part(clip.split, clip.name, clip.sharp, clip.recorded, 0) for clip in source_clips(layout, folder)])
+    return _looked_at([Part(clip.split, clip.name, clip.sharp, clip.recorded) for clip in source_clips(layout, folder)])
 
 
 def _looked_at(parts: list[Part]) -> list[Found]:

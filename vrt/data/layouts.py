@@ -150,12 +150,11 @@ def _pair_within(frames: ClipFrames) -> tuple[Path, Path] | None:
 
 def _test_set(sharp: str, recorded: str | None, names: tuple[str, ...] = ()) -> Callable[[Path], list[SourceClip]]:
     def find(root: Path) -> list[SourceClip]:
-        # Where the degraded frames are not at hand it is still a test of what can be computed.
-        clips = (
-            _paired(root, sharp, recorded)
-            if recorded and (root / recorded).is_dir()
-            else [(n, f, None) for n, f in _clips_below(root / sharp).items()]
-        )
+        if recorded and (root / recorded).is_dir():
+            clips = _paired(root, sharp, recorded)
+        else:
+            # Without degraded frames it is still a test of what can be computed.
+            clips = [(name, frames, None) for name, frames in _clips_below(root / sharp).items()]
         _expect(root, names, [name for name, _, _ in clips], "all clips of this test set")
         return [SourceClip("test", *clip) for clip in clips]
 
