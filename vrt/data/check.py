@@ -70,8 +70,8 @@ def _check_listed(raw: Path, dataset: Clips) -> list[Found]:
     parts, missing = [], []
     for split, name in listed_clips(raw):
         try:
-            recorded = clip_source(raw / RECORDED, name) if dataset.recorded else None
-            parts.append(Part(split, name, clip_source(raw / SHARP, name), recorded))
+            sharp = clip_source(raw / SHARP, name)
+            parts.append(Part(split, name, sharp, clip_source(raw / RECORDED, name) if dataset.recorded else None))
         except DataError as error:
             missing.append(Found(split, name, 0, (), False, (str(error),)))
     return missing + _looked_at(parts)
