@@ -47,6 +47,7 @@ def kill_9(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=30)
 
 
+@pytest.mark.long
 def test_what_was_stored_survives_kill_9_of_everything(full_home):
     first = services.up(full_home)
     assert [service.state for service in first] == ["up"] * 3

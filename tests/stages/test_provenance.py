@@ -65,6 +65,7 @@ def lineages(workspace) -> dict[str, dict]:
     return {run.data.tags["vrt.lineage"]: run.data.tags for run in client.search_runs([experiment], f"tags.`vrt.name` = '{workspace.name}'")}
 
 
+@pytest.mark.long
 def test_a_training_is_reproduced_with_its_code_params_and_data_and_an_experiment_is_another_one(make_workspace):
     workspace = make_workspace("provenance")
     workspace.edit(train__total_steps=2, train__checkpoint_every=2, train__validate_every=2)

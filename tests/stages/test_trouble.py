@@ -77,12 +77,19 @@ def test_a_truncated_checkpoint_is_set_aside_and_fetched_again(make_workspace):
     assert (weights.parent / "damaged/4-1/4_G.pth").stat().st_size == 1000
 
 
-def test_changed_params_are_no_silent_new_start_and_each_way_on_works(make_workspace):
+@pytest.fixture
+def changed(make_workspace):
+    """A workspace that trained four steps and whose params are another training's since; and the lineage of those steps."""
     workspace = make_workspace("changed")
     workspace.edit(train__total_steps=4)
     assert workspace.run("vrt", "train").returncode == 0
     (first,) = (path.name for path in (workspace.root / "checkpoints").iterdir() if path.is_dir())
     workspace.edit(optimizer__lr=0.002, train__total_steps=5)
+    return workspace, first
+
+
+def test_changed_params_are_no_silent_new_start(changed):
+    workspace, first = changed
 
     refused = workspace.run("vrt", "train")
 
@@ -94,6 +101,10 @@ def test_changed_params_are_no_silent_new_start_and_each_way_on_works(make_works
     assert "data.digest" not in refused.stdout and "Traceback" not in refused.stdout
     assert [path.name for path in (workspace.root / "checkpoints").iterdir() if path.is_dir()] == [first], "refused before anything is made"
 
+
+@pytest.mark.long
+def test_after_a_change_each_way_on_works(changed):
+    workspace, first = changed
     other = workspace.run("vrt", "train", "--resume", "never")
     assert other.returncode == 0, other.stdout
     assert f"this is a new training, {first} is not continued; changed since: optimizer.lr: 0.003 -> 0.002" in other.stdout
