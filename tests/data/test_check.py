@@ -80,6 +80,21 @@ def test_what_a_training_needs_is_told(gopro: Path, make_params):
     assert told == ["expected clips in the split val, found none; a training needs all of train, val, test"]
 
 
+def test_a_test_clip_may_be_as_short_as_the_trainer_takes_it(gopro: Path, make_params):
+    """Two blurred frames of three sharp ones are trained on; of a validation or test clip one is enough."""
+    params = make_params({"train.frames": 2, "train.crop": 16, "degradation": {"kind": "motion_blur", "frames": 3}})
+    assert check_params(check_raw(gopro), params) == [
+        "clip GOPR0372_07_00: expected at least 6 frames, found 4; lower train.frames or use longer clips"
+    ]
+
+
+def test_a_prepared_clip_that_is_cut_off_is_told_once(gopro: Path, tmp_path: Path):
+    data = prepare(gopro, tmp_path / "prepared")
+    os.truncate(data.root / data.index.clips[0].file, 100)
+    (told,) = data.problems()
+    assert "found 100; the file is cut off or damaged" in told
+
+
 def test_every_damaged_prepared_clip_is_told(gopro: Path, tmp_path: Path):
     data = prepare(gopro, tmp_path / "prepared")
     assert check_prepared(data.root) == [] == check_prepared(tmp_path / "nothing")

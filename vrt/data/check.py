@@ -13,11 +13,11 @@ from vrt.data.dataset import RECORDED, SHARP, Clips, Frames, Synthetic, Video, c
 from vrt.data.decoding import expected_frames, image_frames, image_paths, is_video, paired, video_frames
 from vrt.data.errors import DataError
 from vrt.data.layouts import source_clips
-from vrt.data.sampler import window_frames
+from vrt.data.sampler import least_frames
 from vrt.data.side_by_side import side_by_side
 from vrt.data.sources import ClipFrames, LmdbClip, Quintuplet, copy_frames, lmdb_names
 from vrt.observe import progress
-from vrt.params import Between, MotionBlur, Params, Recorded
+from vrt.params import Params, Recorded
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,12 @@ def check_params(found: list[Found], params: Params) -> list[str]:
     for split in SPLITS:
         if not any(one.split in (split, None) for one in found):
             problems.append(f"expected clips in the split {split}, found none; a training needs all of {', '.join(SPLITS)}")
-    wanted, crop = window_frames(params), params.train.crop
+    crop = params.train.crop
     for one in found:
         if isinstance(params.degradation, Recorded) and not one.recorded:
             problems.append(f"clip {one.name}: expected degraded frames recorded beside it, found none; choose another degradation.kind")
-        needs_all = isinstance(params.degradation, Between | MotionBlur)
-        if one.split is not None and one.frames < wanted and (one.split == "train" or needs_all):
+        wanted = least_frames(params, one.split) if one.split else 0
+        if one.frames < wanted:
             problems.append(f"clip {one.name}: expected at least {wanted} frames, found {one.frames}; lower train.frames or use longer clips")
         for height, width in one.sizes if one.split in ("train", None) else ():
             if min(height, width) < crop:

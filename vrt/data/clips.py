@@ -10,6 +10,7 @@ D frames, H height, W width.
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -20,7 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from vrt.data.errors import DataError
-from vrt.data.packed import SUFFIX, npy_header, read_part, verified
+from vrt.data.packed import SUFFIX, check_digest, npy_header, read_part
 from vrt.observe import progress
 from vrt.typed_yaml import ParamsError, Section, parse
 
@@ -119,7 +120,8 @@ class PreparedData:
         except (ParamsError, ValueError) as error:
             raise DataError(f"{path}: expected an index of format {FORMAT}, found a damaged or foreign file; {PREPARE}\n{error}") from None
         for clip in index.clips:
-            _check_sizes(root, clip)
+            for stored in clip.files:
+                _check_size(root, clip, stored)
         return cls(root, index, content_digest(index))
 
     def clips(self, split: Split) -> tuple[Clip, ...]:
@@ -151,10 +153,8 @@ class PreparedData:
         if stored is None:
             raise DataError(f"clip {clip}: {NO_RECORDING}")
         part = slice(first_frame, first_frame + frames), slice(top, top + height), slice(left, left + width)
-        try:
+        with _remedy():
             return read_part(self.root / stored.file, stored.sha256, clip.shape, part)
-        except DataError as error:
-            raise DataError(f"{error}; {PREPARE}") from None
 
     def read_whole(self, clip: Clip, recorded: bool = False) -> np.ndarray:
         """uint8, (D, H, W, 3)."""
@@ -171,22 +171,31 @@ class PreparedData:
             for clip in self.index.clips:
                 for stored in clip.files:
                     try:
-                        _check_sizes(self.root, clip)
-                        verified.__wrapped__(self.root / stored.file, stored.sha256)
+                        _check_size(self.root, clip, stored)
+                        with _remedy():
+                            check_digest(self.root / stored.file, stored.sha256)
                     except DataError as error:
-                        yield str(error) if PREPARE in str(error) else f"{error}; {PREPARE}"
+                        yield str(error)
                 bar.advance(clip=clip.name)
 
 
-def _check_sizes(root: Path, clip: Clip) -> None:
-    for stored in clip.files:
-        path = root / stored.file
-        try:
-            found = path.stat().st_size
-        except OSError:
-            raise DataError(f"{path}: expected clip {clip}, found no file; {PREPARE}") from None
-        if found != stored.bytes:
-            raise DataError(f"{path}: expected {stored.bytes} bytes, found {found}; the file is cut off or damaged: {PREPARE}")
+@contextmanager
+def _remedy() -> Iterator[None]:
+    """Whatever is wrong with a packed file, it can be made again."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{error}; {PREPARE}") from None
+
+
+def _check_size(root: Path, clip: Clip, stored: Clip | Recording) -> None:
+    path = root / stored.file
+    try:
+        found = path.stat().st_size
+    except OSError:
+        raise DataError(f"{path}: expected clip {clip}, found no file; {PREPARE}") from None
+    if found != stored.bytes:
+        raise DataError(f"{path}: expected {stored.bytes} bytes, found {found}; the file is cut off or damaged: {PREPARE}")
 
 
 def content_digest(index: Index) -> str:

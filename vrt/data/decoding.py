@@ -187,7 +187,12 @@ def _same_size(frames: Iterable[tuple[Path, np.ndarray]]) -> Iterator[np.ndarray
     shape = None
     for count, (path, frame) in enumerate(frames):
         shape = shape or frame.shape
-        if frame.shape != shape:
-            wanted, found = (f"{height}x{width}" for height, width, _ in (shape, frame.shape))
-            raise DataError(f"{path}: expected frames of one size, {wanted} as in frame 0; found {found} in frame {count}; cut or scale the source")
+        check_size(path, count, shape[:2], frame.shape[:2])
         yield frame
+
+
+def check_size(path: Path, count: int, wanted: tuple[int, ...], found: tuple[int, ...]) -> None:
+    """Raises DataError where frame `count` has not the size (height, width) of the first."""
+    if found != wanted:
+        first, this = (f"{height}x{width}" for height, width in (wanted, found))
+        raise DataError(f"{path}: expected frames of one size, {first} as in frame 0; found {this} in frame {count}; cut or scale the source")

@@ -38,5 +38,5 @@ def with_noise(truth: Tensor, sigma: float, rng: np.random.Generator, params: Pa
 
 
 def as_floats(pixels: np.ndarray) -> Tensor:
-    """uint8 (D, H, W, 3) -> float32 (D, 3, H, W) in [0, 1]"""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255
+    """uint8 or uint16 (D, H, W, 3) -> float32 (D, 3, H, W) in [0, 1]"""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / np.iinfo(pixels.dtype).max

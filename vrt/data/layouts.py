@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vrt.data.clips import SPLITS, DataError, Split
-from vrt.data.decoding import VIDEO_SUFFIXES
+from vrt.data.decoding import is_video
 from vrt.data.sources import ClipFrames, Quintuplet, lmdb_clips
 
 REDS_TEST = ("000", "011", "015", "020")
@@ -144,7 +144,7 @@ def _pair_within(frames: ClipFrames) -> tuple[Path, Path] | None:
     """Sharp and degraded, as folders or video files within a clip's folder."""
     if not isinstance(frames, Path) or not frames.is_dir():
         return None
-    there = {path.stem if path.suffix.lower() in VIDEO_SUFFIXES else path.name: path for path in frames.iterdir()}
+    there = {path.stem if is_video(path) else path.name: path for path in frames.iterdir()}
     return (there["sharp"], there["degraded"]) if {"sharp", "degraded"} <= there.keys() else None
 
 
@@ -203,7 +203,7 @@ def _clips_below(folder: Path) -> dict[str, ClipFrames]:
     packed = folder.with_name(f"{folder.name}.lmdb")
     if packed.is_dir() and not folder.is_dir():
         return lmdb_clips(packed)
-    videos = {path.stem: path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES} if folder.is_dir() else {}
+    videos = {path.stem: path for path in folder.iterdir() if is_video(path)} if folder.is_dir() else {}
     return dict(sorted(({path.name: path for path in _subfolders(folder)} | videos).items()))
 
 

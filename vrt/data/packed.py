@@ -76,7 +76,7 @@ def read_part(path: Path, sha256: str, shape: tuple[int, ...], part: tuple[slice
     A file is compared with its digest when a process reads it for the first time: Blosc2 decodes damage without noticing.
     Raises DataError where it differs, is not there, or holds something else.
     """
-    verified(path, sha256)
+    _check_once(path, sha256)
     try:
         array = _opened(path)
     except (RuntimeError, OSError, ValueError) as error:
@@ -86,15 +86,18 @@ def read_part(path: Path, sha256: str, shape: tuple[int, ...], part: tuple[slice
     return _colours(array[part])
 
 
-@functools.cache
-def verified(path: Path, sha256: str) -> None:
-    """Raises DataError where the file differs from its digest; remembers, for this process, where it does not."""
+def check_digest(path: Path, sha256: str) -> None:
+    """Raises DataError where the file differs from its digest."""
     try:
         found = _sha256(path)
     except OSError as error:
         raise DataError(f"{path}: expected a packed clip, found a file that can't be read ({error.strerror})") from None
     if found != sha256:
         raise DataError(f"{path}: expected SHA-256 {sha256[:12]}..., found {found[:12]}...; the file has changed")
+
+
+_check_once = functools.cache(check_digest)
+"""Remembers, for this process, which files do not differ."""
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:

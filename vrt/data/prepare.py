@@ -16,7 +16,7 @@ import numpy as np
 
 from vrt.data.clips import SPLITS, Clip, PreparedData, Split
 from vrt.data.dataset import RECORDED, SHARP, Clips, Frames, FrameSplits, Synthetic, Video, clip_source, listed_clips, load_dataset
-from vrt.data.decoding import decoded, expected_frames, image_frames, image_paths, paired, video_frames
+from vrt.data.decoding import decoded, expected_frames, image_frames, image_paths, is_video, paired, video_frames
 from vrt.data.side_by_side import side_by_side
 from vrt.data.synthetic import cut_regions, load_photographs, render_clip
 from vrt.data.writing import Writer, pack_clip, writing
@@ -134,20 +134,16 @@ def _frame_clips(folder: Path, splits: FrameSplits) -> Iterator[RawClip]:
 def _listed_clips(raw: Path, dataset: Clips) -> Iterator[RawClip]:
     """Clips stay as long as they are: published tests measure whole ones."""
     for split, name in listed_clips(raw):
-        sharp = clip_source(raw / SHARP, name)
-        recorded = clip_source(raw / RECORDED, name) if dataset.recorded else None
-        if sharp.is_dir() and recorded and recorded.is_dir():
-            paired(image_paths(sharp), image_paths(recorded))
-        files = [path for place in (sharp, recorded) if place for path in (image_paths(place) if place.is_dir() else [place])]
-        frames = len(image_paths(sharp)) if sharp.is_dir() else expected_frames(sharp)
-        yield RawClip(
-            split, name, frames, _decoding(sharp), _digest(_facts(files)), recorded and _decoding(recorded), sharp if sharp.is_file() else None
-        )
-
-
-def _decoding(place: Path) -> Decode:
-    """The frames of a folder of images or of a video file."""
-    return functools.partial(image_frames, image_paths(place)) if place.is_dir() else functools.partial(video_frames, place)
+        places = [clip_source(raw / kind, name) for kind in ((SHARP, RECORDED) if dataset.recorded else (SHARP,))]
+        files = [[place] if is_video(place) else image_paths(place) for place in places]
+        if len(places) == 2 and not any(map(is_video, places)):
+            paired(*files)
+        decode = [
+            functools.partial(video_frames, place) if is_video(place) else functools.partial(image_frames, of) for place, of in zip(places, files)
+        ]
+        video = places[0] if is_video(places[0]) else None
+        frames = expected_frames(video) if video else len(files[0])
+        yield RawClip(split, name, frames, decode[0], _digest(_facts(sum(files, []))), decode[1] if decode[1:] else None, video)
 
 
 def _facts(paths: Iterable[Path]) -> list[list[str | int]]:

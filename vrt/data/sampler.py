@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vrt.data.clips import NO_RECORDING, SPLITS, Clip, DataError, PreparedData
+from vrt.data.clips import NO_RECORDING, SPLITS, Clip, DataError, PreparedData, Split
 from vrt.data.degradations import BICUBIC_REACH, blur_reach, continue_backwards
 from vrt.data.degrading import as_floats, exposures, reduced, with_noise
 from vrt.params import Between, Bicubic, BlurDown, MotionBlur, Noise, Params, Recorded
@@ -28,7 +28,7 @@ class Batch:
     degraded: Tensor
     """(B, D, C, h, w) float32. C is 3, or 4 with the noise level (sigma / 255, constant) last. Noise may leave [0, 1]."""
     truth: Tensor
-    """(B, D, 3, H, W) float32 in [0, 1]; for `between` (B, T, 3, H, W), the frames to make: one in training, several of a whole clip."""
+    """(B, D, 3, H, W) float32 in [0, 1]; for `between` (B, 1, 3, H, W), the frame to make."""
     skipped: tuple[str, ...] = ()
     """What was drawn and could not be read, each in a sentence, with `data.damaged: skip`; another draw took its place."""
 
@@ -43,13 +43,11 @@ def check_sampling(data: PreparedData, params: Params) -> None:
 
 
 def _check_clip(clip: Clip, params: Params) -> None:
-    between, trained = isinstance(params.degradation, Between), clip.split == "train"
+    trained = clip.split == "train"
     if isinstance(params.degradation, Recorded) and clip.recorded is None:
         raise DataError(f"clip {clip}: {NO_RECORDING}")
-    wanted = window_frames(params)
-    if isinstance(params.degradation, MotionBlur) and not trained:
-        wanted = params.degradation.frames
-    if clip.frames < wanted and (trained or between or isinstance(params.degradation, MotionBlur)):
+    wanted = least_frames(params, clip.split)
+    if clip.frames < wanted:
         needed = f"train.frames = {wanted} frames" if wanted == params.train.frames else f"{wanted} frames for train.frames = {params.train.frames}"
         raise DataError(f"clip {clip}: expected at least {needed}, found {clip.frames}; lower train.frames or use longer clips")
     if trained and min(clip.height, clip.width) < params.train.crop:
@@ -57,6 +55,13 @@ def _check_clip(clip: Clip, params: Params) -> None:
             f"clip {clip}: expected frames of at least train.crop = {params.train.crop} pixels, found {clip.height}x{clip.width}; "
             f"lower train.crop or use larger frames"
         )
+
+
+def least_frames(params: Params, split: Split) -> int:
+    """Fewer frames than these no clip of the split may have."""
+    if split == "train" or isinstance(params.degradation, Between):
+        return window_frames(params)
+    return params.degradation.frames if isinstance(params.degradation, MotionBlur) else 1
 
 
 def window_frames(params: Params) -> int:
@@ -127,7 +132,8 @@ def _draw_crop(data: PreparedData, clip: Clip, first: int, params: Params, rng: 
             degraded, truth = (as_floats(data.read(clip, first, frames, *place, recorded=recorded)) for recorded in (True, False))
             return degraded, truth
         case Between():
-            return _given_and_made(as_floats(data.read(clip, first, frames, *draw_place())), params.train.frames)
+            around, given = as_floats(data.read(clip, first, frames, *draw_place())), params.train.frames
+            return around[::2], around[given - 1 : given]
 
 
 @dataclass(frozen=True)
@@ -180,18 +186,6 @@ def _draw_reduced_crop(
     around = as_floats(data.read(clip, first, window_frames(params), top, left, height, width))
     degraded = reduced(around, reduction)[..., y // scale : (y + side) // scale, x // scale : (x + side) // scale]
     return degraded, around[..., y : y + side, x : x + side]
-
-
-def _given_and_made(frames: Tensor, given: int) -> tuple[Tensor, Tensor]:
-    """Every second frame, (N, C, H, W), and those in the middle of each `given` consecutive ones of them, (N - given + 1, C, H, W).
-
-    Raises DataError where there is none.
-    """
-    kept = frames[::2]
-    made = len(kept) - given + 1
-    if made < 1:
-        raise DataError(f"expected at least {2 * given - 1} frames to make one in between, found {len(frames)}; use longer clips")
-    return kept, frames[given - 1 :: 2][:made]
 
 
 def _turn(clip: Tensor, turns: np.ndarray) -> Tensor:

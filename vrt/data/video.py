@@ -12,7 +12,7 @@ import numpy as np
 from av.video.reformatter import ColorRange
 
 from vrt.data.clips import DataError
-from vrt.data.decoding import EXACT, REPAIR, colours, decoded, has_alpha, opened
+from vrt.data.decoding import EXACT, REPAIR, check_size, colours, decoded, has_alpha, opened
 from vrt.observe import log
 
 LOSSLESS = (".mkv",)
@@ -60,9 +60,7 @@ def read_footage(path: Path) -> Footage:
         first = first or frame
         if has_alpha(frame):
             colours(path, frame, f"frame {count}", deep=False, exact=False)
-        if (frame.width, frame.height) != (first.width, first.height):
-            wanted, found = (f"{one.height}x{one.width}" for one in (first, frame))
-            raise DataError(f"{path}: expected frames of one size, {wanted} as in frame 0; found {found} in frame {count}; cut or scale the source")
+        check_size(path, count, (first.height, first.width), (frame.height, frame.width))
         ticks.append(frame.pts)
     if first is None:
         raise DataError(f"{path}: expected a video, found no frame in it; {REPAIR}")

@@ -53,7 +53,6 @@ class Measuring:
         """`count` frames are restored; `centre_only`: the one in the middle of them alone is measured."""
         self._name, self._keep_middle, self._middle = name, keep_middle, count // 2
         self._measured = range(count // 2, count // 2 + 1) if centre_only else range(count)
-        self._count = count
         self._qualities: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._broken: list[int] = []
         self._worst: tuple[float, Place, Triple] | None = None

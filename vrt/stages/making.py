@@ -4,7 +4,6 @@ Both read the source once, in order, and hold only the frames that the tiles at 
 Axes: B batch (1), D frames, C channels, H height, W width.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vrt.data.degradations import continue_backwards
+from vrt.data.degrading import as_floats
 from vrt.evaluation.baseline import baseline
 from vrt.evaluation.between import Interpolating, group
 from vrt.evaluation.tiling import AnySize, Size
@@ -52,7 +52,7 @@ class Restoring:
         self.size, self.begins = (max(source.count, self._least), *self._window.size), done
 
     def read(self, start: int, stop: int) -> Tensor:
-        clip = _floats(self._window.read(start, min(stop, self._count)))[None]
+        clip = as_floats(self._window.read(start, min(stop, self._count)))[None]
         if self._level is not None:
             clip = torch.cat([clip, torch.full_like(clip[:, :, :1], self._level)], dim=2)
         return continue_backwards(clip, self._least) if self._count < self._least else clip
@@ -61,7 +61,7 @@ class Restoring:
         return first, self._window.quantised(piece[0, : max(0, self._count - first)])
 
     def before(self, first: int, count: int) -> Tensor:
-        return _floats(self._window.held(first, first + count))
+        return as_floats(self._window.held(first, first + count))
 
 
 class Doubling:
@@ -81,18 +81,18 @@ class Doubling:
         around = self._given // 2 - 1
         first, last = max(0, start - around), min(self._count, stop + 1 + around)
         numbers = np.arange(start - around, stop + 1 + around).clip(0, self._count - 1) - first
-        return group(_floats(self._window.read(first, last))[None, numbers], self._given)
+        return group(as_floats(self._window.read(first, last))[None, numbers], self._given)
 
     def frames(self, first: int, piece: Tensor) -> tuple[int, np.ndarray]:
         made = self._window.quantised(piece[0])
         given = self._window.held(first, first + len(made))
-        both = np.stack([np.stack(given), made], axis=1).reshape(-1, *made.shape[1:])
+        both = np.stack([given, made], axis=1).reshape(-1, *made.shape[1:])
         if first + len(made) == self._count - 1:
             both = np.concatenate([both, self._window.held(self._count - 1, self._count)])
         return 2 * first, both
 
     def before(self, first: int, count: int) -> Tensor:
-        given = _floats(self._window.held(first, first + count // 2 + 1))
+        given = as_floats(self._window.held(first, first + count // 2 + 1))
         pairs = torch.stack([given[:-1], (given[:-1] + given[1:]) / 2], dim=1).flatten(0, 1)
         return torch.cat([pairs, given[-1:]])[:count]
 
@@ -107,8 +107,8 @@ class Window:
         self._held: list[np.ndarray] = []
         self._begins = 0
 
-    def read(self, start: int, stop: int) -> Sequence[np.ndarray]:
-        """Frames `start` to `stop`, each (H, W, 3); those before `start` are let go."""
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Frames `start` to `stop`, (D, H, W, 3); those before `start` are let go."""
         while self._begins + len(self._held) < stop:
             self._held.append(self._peeked if self._peeked is not None else next(self._frames))
             self._peeked = None
@@ -116,12 +116,12 @@ class Window:
                 # Not even looked at: an earlier run dealt with it.
                 self._held, self._begins = [], self._begins + len(self._held)
         self._held, self._begins = self._held[start - self._begins :], start
-        return self._held[: stop - start]
+        return np.stack(self._held[: stop - start])
 
-    def held(self, start: int, stop: int) -> Sequence[np.ndarray]:
-        """Frames that were read and not let go."""
+    def held(self, start: int, stop: int) -> np.ndarray:
+        """Frames that were read and not let go, (D, H, W, 3)."""
         assert self._begins <= start and stop <= self._begins + len(self._held), f"{start} to {stop} of {self._begins} + {len(self._held)}"
-        return self._held[start - self._begins : stop - self._begins]
+        return np.stack(self._held[start - self._begins : stop - self._begins])
 
     def quantised(self, frames: Tensor) -> np.ndarray:
         """(D, 3, H, W) as pixels of the source's kind: (D, H, W, 3)."""
@@ -134,10 +134,3 @@ def side_by_side(before: Tensor, after: np.ndarray) -> np.ndarray:
     peak = np.iinfo(after.dtype).max
     shown = (baseline(before, *after.shape[1:3]) * peak).round().permute(0, 2, 3, 1).numpy().astype(after.dtype)
     return np.concatenate([shown, after], axis=2)
-
-
-def _floats(frames: Sequence[np.ndarray]) -> Tensor:
-    """(D, 3, H, W) in [0, 1]."""
-    stacked = np.stack(frames)
-    levels = torch.from_numpy(stacked.astype(np.float32)).permute(0, 3, 1, 2).contiguous()
-    return levels / np.iinfo(stacked.dtype).max

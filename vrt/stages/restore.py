@@ -135,10 +135,12 @@ def _some_pieces(outputs: Outputs, making: Making, tile: Size, total: int, stop:
     with progress("restore", tiles, "tiles") as bar:
         for first, piece in restore_stream(making.network, making.read, making.size, tile, overlap, making.upscale, begins, bar.advance):
             number, frames = making.frames(first, piece)
-            if outputs.preview and len(frames):
+            if not len(frames):
+                # What was made of a short clip continued backwards.
+                continue
+            if outputs.preview:
                 outputs.preview.target.keep(outputs.preview.work, number, side_by_side(making.before(first, len(frames)), frames))
-            if len(frames):
-                outputs.restored.target.keep(outputs.restored.work, number, frames)
+            outputs.restored.target.keep(outputs.restored.work, number, frames)
             if stop() and outputs.kept() < total:
                 return False
     return True
