@@ -35,15 +35,17 @@ def test_a_sound_data_set_has_no_problem(gopro: Path):
 def test_everything_that_is_wrong_is_told_at_once(gopro: Path):
     train, val, test = "GOPR0372_07_00", "GOPR0374_11_00", "GOPR0384_11_00"
     (gopro / "sharp" / train / "00000002.png").write_bytes(b"no image")
+    (gopro / "sharp" / train / "00000004.png").write_bytes(b"")
     damaged = gopro / "recorded" / train / "00000003.png"
     damaged.write_bytes(damaged.read_bytes()[:200])
     (gopro / "recorded" / val / "00000004.png").unlink()
     for path in (gopro / "sharp" / test).iterdir():
         path.unlink()
     told = problems(check_raw(gopro))
-    assert len(told) == 4
+    assert len(told) == 5
     for part in (
         f"{train}/00000002.png: expected an image, found a file that can't be read",
+        f"{train}/00000004.png: expected an image, found a file that can't be read",
         f"recorded/{train}/00000003.png: expected an image",
         f"sharp/{val}/00000004.png: expected a frame 00000004 in",
         f"sharp/{test}: expected frames (.png, .jpg, .jpeg), found none",

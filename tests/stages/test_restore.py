@@ -373,8 +373,8 @@ def test_a_clip_ten_times_as_long_needs_no_more_memory(here, tmp_path):
     # Without it glibc keeps what was freed, more or less of it from run to run.
     gives_back = here.environment | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     for frames in (6, 60):
-        # As floats, the longer one alone is 83 MB.
-        write_video(tmp_path / f"{frames}.mp4", waves(1, 240, 480).repeat(frames, 0), pixels="yuv420p")
+        # The longer one alone is 41 MB, four times that as floats.
+        write_video(tmp_path / f"{frames}.mp4", waves(1, 360, 640).repeat(frames, 0), pixels="yuv420p")
         command = [sys.executable, "-c", PEAK, str(tmp_path / f"{frames}.mp4"), str(tmp_path / f"{frames}-out.mp4")]
         ended = subprocess.run(command, cwd=here.root, env=gives_back, stdout=subprocess.PIPE, check=True)
         peaks[frames] = int(ended.stdout.splitlines()[-1])
