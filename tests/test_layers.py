@@ -12,7 +12,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 # Each part, by its longest matching name, and what it may import of ours: nothing else, besides itself.
 _MODEL_DATA_CHECKPOINT = {"vrt.model", "vrt.data", "vrt.checkpoint"}
-_GROUND = {"vrt.typed_yaml", "vrt.params", "vrt.observe", "vrt.lifecycle", "vrt.status"}
+_GROUND = {"vrt.typed_yaml", "vrt.params", "vrt.observe", "vrt.lifecycle", "vrt.status", "vrt.distributed"}
 _MLFLOW = {"vrt.checkpoint.tracking", "vrt.checkpoint.registry"}
 _MIDDLE = {"vrt.training", "vrt.evaluation", *_MLFLOW, "vrt.checkpoint.curator", "vrt.checkpoint.claims"}
 MAY_IMPORT: Mapping[str, set[str]] = {
@@ -21,6 +21,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "vrt.observe": set(),
     "vrt.lifecycle": {"vrt.observe"},
     "vrt.status": {"vrt.observe"},
+    "vrt.distributed": set(),
     "vrt.model": _GROUND,
     "vrt.data": _GROUND,
     "vrt.checkpoint": _GROUND,

@@ -54,6 +54,10 @@ train:
   crop: 64
   ema_decay: 0.98
   deterministic: false
+  processes: 1
+  clips_at_once: auto
+  precision: fp32
+  compile: false
   activation_checkpointing: false
   threads: 2
   log_every: 1
@@ -281,6 +285,7 @@ def test_a_folder_is_no_params_file(tmp_path: Path):
 FREE = {
     *("name", "data.workers", "data.damaged", "train.total_steps", "train.deterministic", "train.activation_checkpointing", "train.threads"),
     *("train.log_every", "train.validate_every", "train.checkpoint_every"),
+    *("train.processes", "train.clips_at_once", "train.precision", "train.compile"),
     *("checkpoints.resume", "checkpoints.keep_last", "checkpoints.keep_every", "checkpoints.keep_best", "checkpoints.most_failed_saves"),
     *("evaluate.tile", "evaluate.overlap", "evaluate.measured"),
 }
@@ -288,6 +293,9 @@ FREE = {
 OTHERS = {
     "name": "another",
     "train.deterministic": True,
+    "train.clips_at_once": 1,
+    "train.precision": "bf16",
+    "train.compile": True,
     "train.activation_checkpointing": True,
     "checkpoints.resume": "must",
     "degradation.sigma_min": 29,

@@ -7,16 +7,19 @@ from pathlib import Path
 
 from vrt.checkpoint.errors import StoreUnavailable
 from vrt.checkpoint.phases import Phase
-from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNAVAILABLE, RESUME, launchers
+from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNAVAILABLE, PROCESSES, RESUME, launchers, tell_launcher
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns an exit code of vrt.lifecycle."""
     launchers()
-    args = parser().parse_args(argv)
+    return tell_launcher(_run(parser().parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> int:
     from vrt.observe import log, set_up_logging
 
-    set_up_logging()
+    set_up_logging(int(os.environ.get("RANK", "0")))
     try:
         return args.run(args)
     except ValueError as error:
@@ -74,6 +77,11 @@ def parser() -> argparse.ArgumentParser:
         if name == "train":
             told = f"overrides checkpoints.resume (as ${RESUME} does): auto, must, never, a step to go back to, or 'fork LINEAGE@STEP'"
             command.add_argument("--resume", metavar="POLICY", help=told)
+            told = f"overrides train.processes (as ${PROCESSES} does): processes on this machine, or auto, one per GPU"
+            command.add_argument("--processes", metavar="N", type=_processes, help=told)
+            told = "machines that train together: run the same command on each, with the same --meet"
+            command.add_argument("--machines", metavar="N", type=_positive, default=1, help=told)
+            command.add_argument("--meet", metavar="HOST:PORT", help="where the machines meet: a free port of one of them")
     recipes = commands.add_parser("recipes", help="list the recipes: the nine published trainings and the quickstart, and what each needs")
     recipes.add_argument("--json", action="store_true", help="as JSON, for programs")
     recipes.set_defaults(run=_recipes)
@@ -104,6 +112,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _processes(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
+
+
 def _lead_to_services() -> None:
     from vrt.services import load_environment
 
@@ -111,10 +123,15 @@ def _lead_to_services() -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from vrt.stages.together import train_together
     from vrt.stages.train import run_training
 
     _lead_to_services()
-    return run_training(args.params, args.resume or os.environ.get(RESUME))
+    resume = args.resume or os.environ.get(RESUME)
+    processes = args.processes or (_processes(os.environ[PROCESSES]) if os.environ.get(PROCESSES) else None)
+    if (code := train_together(args.params, resume, processes, args.machines, args.meet)) is not None:
+        return code
+    return run_training(args.params, resume)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

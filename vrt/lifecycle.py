@@ -3,7 +3,9 @@
 import functools
 import os
 import signal
+import sys
 import threading
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -23,6 +25,11 @@ EXIT_CONTINUE_ME = 75
 
 RESUME = "VRT_RESUME"
 """What a launcher that can't change the command line of `vrt train` says instead of --resume."""
+
+PROCESSES = "VRT_PROCESSES"
+"""What it says instead of --processes."""
+OUTCOME = "VRT_OUTCOME"
+"""Where a process that torchrun started leaves its exit code for `vrt train`: torchrun itself passes on none."""
 
 SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -66,6 +73,22 @@ def lost_launcher(chain: Launchers) -> int | None:
         except psutil.NoSuchProcess:
             return pid
     return None
+
+
+def tell_launcher(code: int) -> int:
+    """Leave an exit code where the launcher of a training of several processes looks for it. Returns the one to end with.
+
+    To torchrun a process that stopped as it was asked to has not failed.
+    """
+    if OUTCOME not in os.environ:
+        return code
+    Path(f"{os.environ[OUTCOME]}.{os.environ['LOCAL_RANK']}").write_text(str(code))
+    if code in (EXIT_DONE, EXIT_CONTINUE_ME):
+        return EXIT_DONE
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python would wait for gloo's threads, and they for a process that may be dead.
+    os._exit(code)
 
 
 class StopRequest:

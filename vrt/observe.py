@@ -14,17 +14,20 @@ log = logging.getLogger("vrt")
 _console = Console(stderr=True)
 
 
-def set_up_logging() -> None:
-    """Send the `vrt` log to stderr: coloured on a terminal, plain timestamped lines elsewhere."""
+def set_up_logging(rank: int = 0) -> None:
+    """Send the `vrt` log to stderr: coloured on a terminal, plain timestamped lines elsewhere.
+
+    Of the processes that train together only the one of rank 0 tells how it goes; the others speak up when something is wrong.
+    """
     if log.handlers:
         return
     if _console.is_terminal:
         handler: logging.Handler = _TerminalHandler()
     else:
         handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {f'rank {rank}: ' if rank else ''}%(message)s", datefmt="%H:%M:%S"))
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.WARNING if rank else logging.INFO)
     log.propagate = False
 
 
@@ -71,7 +74,7 @@ class Bar:
 @contextmanager
 def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
     """Show progress over `total` units, `done` of which were done before; a bar on a terminal, plain lines elsewhere."""
-    if not _console.is_terminal:
+    if not _console.is_terminal or not log.isEnabledFor(logging.INFO):
         yield Bar(title, total, unit, done, None)
         return
     # Fits 80 columns with a training's fields beside it.

@@ -18,6 +18,7 @@ Positive = Annotated[int, Field(gt=0)]
 FREE = {
     *("name", "data.workers", "data.damaged", "train.total_steps", "train.deterministic", "train.activation_checkpointing", "train.threads"),
     *("train.log_every", "train.validate_every", "train.checkpoint_every"),
+    *("train.processes", "train.clips_at_once", "train.precision", "train.compile"),
 }
 """What may change under a training without making it another one, beside the sections `checkpoints` and `evaluate`."""
 SIDE = 8
@@ -196,6 +197,16 @@ class Train(Section):
     """Decay of the averaged weights E; 0 keeps none."""
     deterministic: bool
     """Refuse operators whose result varies from run to run. On CPUs every step is bit-identical without it; on CUDA it costs speed."""
+    processes: Positive | Literal["auto"]
+    """Processes on each machine that share every batch, one per GPU; auto: as many as there are GPUs and the batch can be shared by."""
+    clips_at_once: Positive | Literal["auto"]
+    """Clips of its share that a process puts through the network together; the rest follow, and their gradients are added.
+    auto: all, or on a GPU as many as its memory holds, which is tried out before the first step."""
+    precision: Literal["fp32", "tf32", "bf16"]
+    """What a GPU computes in: fp32; its matrix products in tf32, which GPUs from Ampere on have and which is what the published trainings
+    got from PyTorch's convolutions; or bf16, with flows, sampling points, weights and the loss in fp32. tf32 is fp32 on a CPU."""
+    compile: bool
+    """Compile the network by torch.compile: minutes at the start, faster steps on a GPU. Changes results in their last bits."""
     activation_checkpointing: bool
     """Keep only each block's input and compute the rest again for its gradient: less memory, more time, the same result."""
     threads: Positive

@@ -56,6 +56,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.window, self.shift, self.mutual, self.drop_path = window, shift, mutual, drop_path
+        self.place: tuple[int, int] | None = None
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, window, heads, qkv_bias, mutual, keep)
         self.norm2 = nn.LayerNorm(dim)
@@ -77,7 +78,20 @@ class Block(nn.Module):
         if not self.training or self.drop_path == 0:
             return branch
         keep = 1 - self.drop_path
-        return branch * branch.new_empty(branch.shape[0], 1, 1, 1, 1).bernoulli_(keep).div_(keep)
+        first, total = self.place or (0, branch.shape[0])
+        drawn = branch.new_empty(total, 1, 1, 1, 1).bernoulli_(keep).div_(keep)
+        return branch * drawn[first : first + branch.shape[0]]
+
+
+def place_in_batch(network: nn.Module, first: int, total: int) -> None:
+    """Tell `network` that its next input is samples `first` and following of a batch of `total`.
+
+    Stochastic depth then draws for the whole batch and takes its part, so that one process and many, all clips at once and a few after
+    another drop the same branches of the same samples.
+    """
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.place = (first, total)
 
 
 class BlockGroup(nn.Module):

@@ -24,7 +24,8 @@ from vrt.checkpoint.store import S3Store
 from vrt.checkpoint.tracking import Lineage
 from vrt.data.clips import PreparedData
 from vrt.data.loading import training_batches
-from vrt.data.sampler import check_sampling
+from vrt.data.sampler import Share, check_sampling
+from vrt.distributed import Team, joined, local_rank
 from vrt.evaluation.pictures import png, preview
 from vrt.evaluation.run import validate
 from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, StopRequest
@@ -38,9 +39,10 @@ from vrt.stages.reports import write_training_report
 from vrt.stages.run_page import about_checkpoints, run_page
 from vrt.stages.start import refuse_surprise, resume
 from vrt.status import STATUS, StatusFile, TrainingStatus
-from vrt.training.determinism import determinism
-from vrt.training.loop import TrainingState, Validation, train
-from vrt.training.session import EMA, NETWORK, SnapshotSink, build_state
+from vrt.training.determinism import computing, determinism
+from vrt.training.loop import Checkpoints, TrainingState, Validation, train
+from vrt.training.memory import clips_at_once
+from vrt.training.session import EMA, NETWORK, SnapshotSink, Unkept, build_state, hand_out
 
 # A finished training has time to wait for a store that is down; one that was told to stop has not (see `Publisher.finish`).
 SECONDS_TO_PUBLISH = 600.0
@@ -68,14 +70,37 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
     params = load_params(params_path)
     if resume_from is not None:
         params = with_resume(params, resume_from)
-    policy = ResumePolicy.parse(params.checkpoints.resume)
     data = PreparedData.open(PREPARED)
     check_sampling(data, params)
     torch.set_num_threads(params.train.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lineage = lineage_of(params, data)
+    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    with StopRequest() as stop, determinism(params.train.deterministic), computing(params.train.precision), joined(device) as team:
+        team.check_same(
+            {"params": fingerprint(params.model_dump(mode="json")), "data": data.digest, "torch": torch.__version__, "code": code_version()}
+        )
+        training = Training(params, params_path, data, lineage, device, team, stop)
+        return lead(training, started) if team.leads else follow(training)
 
-    with locked(CHECKPOINTS), StopRequest() as stop, determinism(params.train.deterministic), ExitStack() as at_the_end:
+
+@dataclass(frozen=True)
+class Training:
+    """What an attempt is given."""
+
+    params: Params
+    params_path: Path
+    data: PreparedData
+    lineage: Lineage
+    device: torch.device
+    team: Team
+    stop: StopRequest
+
+
+def lead(training: Training, started: float) -> int:
+    """Train as the one process that saves, publishes, validates and speaks to the services."""
+    params, lineage, team, stop = training.params, training.lineage, training.team, training.stop
+    policy = ResumePolicy.parse(params.checkpoints.resume)
+    with locked(CHECKPOINTS), ExitStack() as at_the_end:
         refuse_surprise(lineage, policy)
         registry = Curator(lineage)
         registry.find_or_create(flatten(params.model_dump(mode="json")) | lineage.identity)
@@ -83,18 +108,18 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
         if not lease.take(give_up=lambda: stop.reason is not None):
             return EXIT_CONTINUE_ME
         at_the_end.callback(lease.release)
-        with keeping(registry, lease, params, started) as keeper:
-            keeper.publisher.put_beside(folder_of(registry.artifacts_address, registry.attempt), collect(params_path))
-            state = build_state(params, device)
+        with keeping(registry, lease, params, started, team.size) as keeper:
+            keeper.publisher.put_beside(folder_of(registry.artifacts_address, registry.attempt), collect(training.params_path))
+            state = build_state(params, training.device)
             at_the_end.enter_context(keeper.status.reporting(lambda: state.step))
             if resume(state, keeper.folder, keeper.store, keeper.registry, policy, params.train.total_steps, keeper.publisher.note):
                 catch_up(keeper, state)
+            hand_out(state, team)
             keeper.saver.safe_step = state.step
             keeper.status.update(resumed=state.step, step=state.step, training_since=time.time())
-            machine = MachineUse(CHECKPOINTS, device).sample
+            machine = MachineUse(CHECKPOINTS, training.device).sample
             sink = SnapshotSink(keeper.saver, keeper.publisher, facts(lineage, keeper.registry), keeper.status.seen, machine)
-            with closing(training_batches(data, params, state.step + 1, params.train.total_steps)) as batches:
-                done = train(params, state, batches, sink, lambda network: validation(network, data, params), stop)
+            done = train_from(state, training, sink)
             keeper.saver.wait()
             sink.check()
             if keeper.saver.failure:
@@ -112,6 +137,26 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
     return EXIT_DONE
 
 
+def follow(training: Training) -> int:
+    """Train beside the process that leads: the same steps, on another share of each batch. It saves nothing and speaks to nobody."""
+    state = build_state(training.params, training.device)
+    # Only what the leader saves and validates has an average.
+    state.ema = None
+    hand_out(state, training.team)
+    return EXIT_DONE if train_from(state, training, Unkept()) else EXIT_CONTINUE_ME
+
+
+def train_from(state: TrainingState, training: Training, checkpoints: Checkpoints) -> bool:
+    """Train on from `state`; False: stopped early."""
+    params, data, team = training.params, training.data, training.team
+    share = Share(team.rank, team.size)
+    at_once = clips_at_once(params, state, share, data, team)
+    if params.train.compile:
+        state.network.compile()
+    with closing(training_batches(data, params, state.step + 1, params.train.total_steps, share)) as batches:
+        return train(params, state, batches, checkpoints, lambda network: validation(network, data, params), training.stop, team, at_once)
+
+
 def lineage_of(params: Params, data: PreparedData) -> Lineage:
     """The training that these params and these data define."""
     identity = params.identity() | {"data.digest": data.digest}
@@ -122,11 +167,11 @@ def lineage_of(params: Params, data: PreparedData) -> Lineage:
 
 
 @contextmanager
-def keeping(registry: Curator, lease: Lease, params: Params, started: float) -> Iterator[Keeper]:
+def keeping(registry: Curator, lease: Lease, params: Params, started: float, processes: int) -> Iterator[Keeper]:
     """Begin an attempt and keep publishing while the block runs. If the block fails, what is committed is still published."""
     folder = CheckpointFolder(CHECKPOINTS / registry.lineage.id)
     folder.prepare()
-    registry.begin_attempt(run_tags(registry.lineage))
+    registry.begin_attempt(run_tags(registry.lineage, processes))
     registry.about = about_checkpoints(params, registry.lineage)
 
     def describe() -> None:
@@ -221,7 +266,7 @@ def origin_here(lineage: Lineage, attempt: str) -> dict[str, str]:
     return {"attempt": attempt, "code_version": code_version(), "host": platform.node()} | parent
 
 
-def run_tags(lineage: Lineage) -> dict[str, str]:
+def run_tags(lineage: Lineage, processes: int) -> dict[str, str]:
     """What the MLflow run says of the newest attempt."""
     parent = {"vrt.parent": lineage.identity["fork"]} if "fork" in lineage.identity else {}
     return parent | {
@@ -229,4 +274,5 @@ def run_tags(lineage: Lineage) -> dict[str, str]:
         "vrt.host": platform.node(),
         "vrt.torch": torch.__version__,
         "vrt.threads": str(torch.get_num_threads()),
+        "vrt.processes": str(processes),
     }

@@ -13,7 +13,9 @@ from torch import nn
 from vrt.checkpoint.phases import Phase, reached
 from vrt.checkpoint.saver import unharmed
 from vrt.data.sampler import Batch
+from vrt.distributed import ALONE, Team
 from vrt.lifecycle import StopRequest
+from vrt.model.block import place_in_batch
 from vrt.observe import log, progress
 from vrt.params import Params, Train
 from vrt.training.ema import update_ema
@@ -71,30 +73,35 @@ def train(
     checkpoints: Checkpoints,
     validate: Callable[[nn.Module], Validation],
     stop: StopRequest,
+    team: Team = ALONE,
+    at_once: int | None = None,
 ) -> bool:
     """Train from `state.step` to `params.train.total_steps`. True: done. False: stopped early on request, with everything saved.
 
-    `batches` yields (step, batch) for each step to do. An error, wherever it comes from, leaves only after the newest whole step was saved;
+    `batches` yields (step, this process's share of the batch) for each step to do; `at_once` of its clips, or all, go through the network
+    together. Only the process that leads the team validates. An error, wherever it comes from, leaves only after the newest whole step was saved;
     but FloatingPointError, raised where loss or weights are no numbers any more, leaves nothing of what they spoiled.
     """
     plan = params.train
     saved = state.step
     with progress("train", plan.total_steps, "steps", done=state.step) as bar:
-        if state.step and due(plan, state.step).validate and not state.history.has(state.step, "val/psnr"):
+        if team.leads and state.step and due(plan, state.step).validate and not state.history.has(state.step, "val/psnr"):
             # The attempt before was stopped at this step and had no time to validate it.
             validate_step(state, checkpoints, validate)
         speed, shown, skipped = Speed(state.step), {}, 0
         try:
             for step, batch in batches:
                 skipped = report_skipped(checkpoints, step, batch, skipped)
-                loss, lr = take_step(params, state, step, batch)
+                loss, lr = take_step(params, state, step, batch, team, at_once)
                 reached(Phase.STEP)
                 now = due(plan, step)
-                stopping = stop.reason is not None and step < plan.total_steps
+                stopping = step < plan.total_steps and team.any(stop.reason is not None)
                 shown = enter(state, checkpoints, loss, lr, speed, now, stopping) or shown
-                preview = validate_step(state, checkpoints, validate) if now.validate and not stopping else None
-                # A validation takes its time: who was told to stop meanwhile does not begin another step.
-                stopping = stop.reason is not None and step < plan.total_steps
+                preview = None
+                if now.validate and not stopping:
+                    preview = validate_step(state, checkpoints, validate) if team.leads else None
+                    # A validation takes its time: who was told to stop meanwhile does not begin another step.
+                    stopping = step < plan.total_steps and team.any(stop.reason is not None)
                 if now.save or stopping:
                     checkpoints.save(state, preview)
                     saved = step
@@ -102,7 +109,7 @@ def train(
                     speed.restart(step)
                 bar.advance(1, **shown)
                 if stopping:
-                    log.warning("stopping after step %d: %s", step, stop.reason)
+                    log.warning("stopping after step %d: %s", step, stop.reason or "another process of this training was told to")
                     return False
                 checkpoints.check()
         except FloatingPointError:
@@ -196,26 +203,46 @@ class Speed:
         return steps / seconds
 
 
-def take_step(params: Params, state: TrainingState, step: int, batch: Batch) -> tuple[torch.Tensor, float]:
-    """One optimizer step. Returns (loss, learning rate). The same state, step and batch give the same result.
+def take_step(
+    params: Params, state: TrainingState, step: int, batch: Batch, team: Team = ALONE, at_once: int | None = None
+) -> tuple[torch.Tensor, float]:
+    """One optimizer step on the batch of all processes together. Returns (its loss, learning rate).
 
+    The same state, step and batch give the same result, to the last bit with the same number of processes and clips `at_once`.
     Leaves `state.agrees` False: who entered the step into the history sets it again.
     """
-    device = next(state.network.parameters()).device
     lr = set_schedule(state.optimizer, params.optimizer, step)
-    # Stochastic depth draws from torch's generator: it too starts anew at each step.
-    torch.manual_seed(int(numpy.random.SeedSequence([params.seed, STEP_STREAM, step]).generate_state(1)[0]))
     state.network.train()
     state.optimizer.zero_grad(set_to_none=True)
-    restored = state.network(batch.degraded.to(device, non_blocking=True))
-    loss = charbonnier(restored, batch.truth.to(device, non_blocking=True), params.optimizer.charbonnier_eps)
-    loss.backward()
+    loss = accumulate(params, state.network, step, batch, team, at_once)
+    if team.size > 1:
+        team.add_up([*(parameter.grad for parameter in state.network.parameters() if parameter.grad is not None), loss])
     state.agrees = False
     state.optimizer.step()
     if state.ema is not None:
         update_ema(state.ema, state.network, params.train.ema_decay)
     state.step = step
-    return loss.detach(), lr
+    return loss, lr
+
+
+def accumulate(params: Params, network: nn.Module, step: int, batch: Batch, team: Team, at_once: int | None) -> torch.Tensor:
+    """Add this process's part of the gradient of the step's loss to the network's. Returns its part of the loss, a scalar."""
+    device = next(network.parameters()).device
+    seed = int(numpy.random.SeedSequence([params.seed, STEP_STREAM, step]).generate_state(1)[0])
+    own = len(batch.truth)
+    losses = []
+    for first in range(0, own, at_once or own):
+        degraded, truth = (part[first : first + (at_once or own)].to(device, non_blocking=True) for part in (batch.degraded, batch.truth))
+        # Stochastic depth draws from torch's generator, for the whole batch each time: it too starts anew.
+        torch.manual_seed(seed)
+        place_in_batch(network, team.rank * own + first, team.size * own)
+        with torch.autocast(device.type, torch.bfloat16, enabled=params.train.precision == "bf16"):
+            restored = network(degraded)
+        weight = len(truth) / (team.size * own)
+        loss = charbonnier(restored.to(truth.dtype), truth, params.optimizer.charbonnier_eps) * weight
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
 
 
 def check_loss(step: int, loss: float, checkpoints: Checkpoints) -> float:

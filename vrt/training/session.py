@@ -15,6 +15,7 @@ from vrt.checkpoint.saver import Saver
 from vrt.checkpoint.serialize import fitting, load, misfits, optimizer_misfits
 from vrt.checkpoint.snapshot import Aliases
 from vrt.checkpoint.weights import read_weights
+from vrt.distributed import Team
 from vrt.model.network import VRT
 from vrt.params import Network, Params
 from vrt.training.ema import copy_for_ema
@@ -150,6 +151,28 @@ def _name(manifest: Manifest, suffix: str) -> str:
 def released(manifest: Manifest) -> FileEntry | None:
     """The weights of a checkpoint that people use: E where it was kept, else G; None: it has neither."""
     return manifest.file(f"_{EMA}") or manifest.file(f"_{NETWORK}")
+
+
+def hand_out(state: TrainingState, team: Team) -> None:
+    """Bring every process of the team to the state of the one that leads. E and history stay with that one, which alone needs them."""
+    if team.size == 1:
+        return
+    given = team.from_leader({"network": state.network.state_dict(), "optimizer": state.optimizer.state_dict(), "step": state.step})
+    if not team.leads:
+        state.network.load_state_dict(given["network"])
+        state.optimizer.load_state_dict(given["optimizer"])
+        state.step = given["step"]
+
+
+class Unkept:
+    """The `Checkpoints` of a process that follows another: that one keeps them."""
+
+    def save(self, state: TrainingState, preview: bytes | None) -> None: ...
+    def send(self, row: Row) -> None: ...
+    def check(self) -> None: ...
+
+    def safe_step(self) -> int:
+        return 0
 
 
 class SnapshotSink:

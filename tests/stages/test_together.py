@@ -1,0 +1,185 @@
+"""Several processes train as one: the same training, killed and continued with any number of them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+import torch
+
+from tests.same_training import assert_same_training, lineage_folder
+
+BATCH = {"train__batch_size": 4}
+
+
+@pytest.fixture
+def workers_of():
+    """The processes that torchrun started for a launcher, by rank."""
+
+    def find(launcher) -> dict[int, psutil.Process]:
+        (torchrun,) = psutil.Process(launcher.pid).children()
+        return {int(worker.environ()["RANK"]): worker for worker in torchrun.children()}
+
+    return find
+
+
+def history_of(workspace) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (lineage_folder(workspace) / "24_history.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def two_uninterrupted(make_workspace):
+    workspace = make_workspace("two")
+    workspace.edit(**BATCH)
+    ended = workspace.run("vrt", "train", "--processes", "2")
+    assert ended.returncode == 0, ended.stdout
+    return workspace
+
+
+def test_a_rank_that_dies_ends_the_attempt_and_the_next_ends_bit_identically(make_workspace, two_uninterrupted, workers_of):
+    workspace = make_workspace("dies")
+    workspace.edit(**BATCH)
+    trainer = workspace.start("vrt", "train", "--processes", "2")
+    workspace.wait_for("checkpoint 4 registered", trainer)
+    workers = workers_of(trainer)
+    workers[1].kill()
+    killed = time.monotonic()
+
+    assert trainer.wait(60) == 1, workspace.log.read_text()
+
+    print(f"gone after {time.monotonic() - killed:.1f} s")
+    assert not any(worker.is_running() for worker in workers.values())
+    assert "rank 0 of 2 on" in workspace.log.read_text() and "lost the others" in workspace.log.read_text(), workspace.log.read_text()
+    # Then preempted as well.
+    trainer = workspace.start("vrt", "train", "--processes", "2")
+    workspace.wait_for("checkpoint 12 registered", trainer)
+    trainer.terminate()
+    assert trainer.wait(60) == 75, workspace.log.read_text()
+    assert "Traceback" not in workspace.log.read_text(), workspace.log.read_text()
+
+    ended = workspace.run("vrt", "train", "--processes", "2")
+
+    assert ended.returncode == 0, ended.stdout
+    assert_same_training(two_uninterrupted, workspace)
+
+
+@pytest.mark.long
+def test_with_any_number_of_processes_it_is_the_same_training(make_workspace, two_uninterrupted, workers_of):
+    workspace = make_workspace("elastic")
+    # One clip after the other, too: the same as all at once.
+    workspace.edit(**BATCH, train__clips_at_once=1)
+    for processes, until in (("4", "checkpoint 8 registered"), ("2", "checkpoint 16 registered")):
+        trainer = workspace.start("vrt", "train", "--processes", processes)
+        workspace.wait_for(until, trainer)
+        trainer.send_signal(signal.SIGKILL)
+        trainer.wait()
+    ended = workspace.run("vrt", "train")
+
+    assert ended.returncode == 0, ended.stdout
+    assert lineage_folder(workspace).name.split("-")[-1] == lineage_folder(two_uninterrupted).name.split("-")[-1]
+    losses, others = ([row["train/loss"] for row in history_of(each)] for each in (two_uninterrupted, workspace))
+    assert others == pytest.approx(losses, rel=1e-3) and len(losses) == 24
+    # Adam makes much of the last bits of a small gradient; the weights moved by up to 24 * 3e-3.
+    for name in ("24_G.pth", "24_E.pth"):
+        one, other = (torch.load(lineage_folder(each) / name, weights_only=True) for each in (two_uninterrupted, workspace))
+        for key in one:
+            torch.testing.assert_close(other[key], one[key], rtol=0, atol=5e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_what_several_processes_can_not_do_is_said_once(make_workspace):
+    workspace = make_workspace("refused")
+    workspace.edit(**BATCH)
+
+    ended = workspace.run("vrt", "train", "--processes", "3")
+
+    assert ended.returncode == 2
+    assert ended.stdout.count("train.batch_size 4: expected a multiple of the 3 processes that share it") == 1, ended.stdout
+    ended = workspace.run("vrt", "train", "--processes", "2", "--machines", "2")
+    assert ended.returncode == 2 and "--machines 2 and --meet None: expected both or neither" in ended.stdout
+
+
+@pytest.fixture
+def two_hosts(make_workspace, local_services, tmp_path):
+    """Two workspaces on two hosts, of which the first has the services: this network, and a network namespace behind a cable."""
+    first = make_workspace("hosts")
+    first.edit(**BATCH)
+    second = replace(first, root=tmp_path / "second")
+    shutil.copytree(first.root, second.root, symlinks=True)
+    cable, far, space = f"vrt{os.getpid()}a", f"vrt{os.getpid()}b", f"vrt{os.getpid()}"
+    ports = [str(urlsplit(address).port) for address in local_services.environment.values() if address.startswith("http://127.0.0.1:")]
+    relay = [sys.executable, str(Path(__file__).with_name("relay.py"))]
+
+    def there(*command: str) -> list[str]:
+        return ["ip", "netns", "exec", space, *command]
+
+    made = subprocess.run(["ip", "netns", "add", space], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"a second host needs the right to make network namespaces: {made.stderr.strip()}")
+    relays = []
+    try:
+        for line in (
+            f"ip link add {cable} type veth peer name {far} netns {space}",
+            f"ip address add 10.213.7.1/24 dev {cable}",
+            f"ip link set {cable} up",
+            *(" ".join(there(*line.split())) for line in (f"ip address add 10.213.7.2/24 dev {far}", f"ip link set {far} up", "ip link set lo up")),
+        ):
+            subprocess.run(line.split(), check=True)
+        # The addresses of the services are the same on both hosts.
+        relays = [subprocess.Popen([*relay, "10.213.7.1", "127.0.0.1", *ports]), subprocess.Popen(there(*relay, "127.0.0.1", "10.213.7.1", *ports))]
+
+        def start() -> list[subprocess.Popen]:
+            told = ["-m", "vrt", "train", "--processes", "1", "--machines", "2", "--meet", "10.213.7.1:29533"]
+            commands = [[sys.executable, *told], there(sys.executable, *told)]
+            started = []
+            for workspace, command in zip((first, second), commands):
+                output = workspace.log.open("w")
+                started.append(subprocess.Popen(command, cwd=workspace.root, env=workspace.environment, stdout=output, stderr=subprocess.STDOUT))
+            return started
+
+        yield first, second, start, lambda state: subprocess.run(["ip", "link", "set", cable, state], check=True)
+    finally:
+        for relay_process in relays:
+            relay_process.kill()
+            relay_process.wait()
+        subprocess.run(["ip", "netns", "delete", space], check=True)
+
+
+@pytest.mark.long
+def test_a_host_that_vanishes_is_noticed_and_both_come_back_bit_identically(two_hosts, two_uninterrupted):
+    first, second, start, set_cable = two_hosts
+    hosts = start()
+    until(lambda: "checkpoint 8 registered" in first.log.read_text() + second.log.read_text(), hosts)
+    # As when it loses its power: no connection is closed, and what runs there is seen no more.
+    set_cable("down")
+    for process in psutil.Process(hosts[1].pid).children(recursive=True) + [hosts[1]]:
+        process.kill()
+    gone = time.monotonic()
+
+    hosts[0].wait(120)
+
+    print(f"the other host ended after {time.monotonic() - gone:.1f} s")
+    hosts[1].wait()
+    assert hosts[0].returncode == 1, first.log.read_text()
+    set_cable("up")
+    again = start()
+    assert [host.wait(200) for host in again] == [0, 0], first.log.read_text() + second.log.read_text()
+    leader = next(workspace for workspace in (first, second) if list(workspace.root.glob("checkpoints/*/24_G.pth")))
+    assert_same_training(two_uninterrupted, leader)
+
+
+def until(true: Callable[[], bool], running: list[subprocess.Popen]) -> None:
+    for _ in range(2000):
+        if true():
+            return
+        assert all(process.poll() is None for process in running)
+        time.sleep(0.05)
+    raise AssertionError("not within 100 s")

@@ -1,0 +1,77 @@
+"""Real processes, started by torchrun, that talk by gloo."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def torchrun(tmp_path: Path):
+    """Starts `script` in several processes; each finds `team` in it."""
+
+    def start(script: str, processes: int) -> subprocess.Popen:
+        path = tmp_path / "script.py"
+        path.write_text(
+            f"import torch, time\nfrom vrt.distributed import PeerLost, joined\nwith joined(torch.device('cpu')) as team:\n    {script}\n"
+        )
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(path)]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return start
+
+
+def test_all_add_up_hear_the_leader_and_agree(torchrun):
+    script = """a, b = torch.full((2, 2), float(team.rank + 1)), torch.tensor(1.0)
+    team.add_up([a, b])
+    told = team.from_leader({"weights": torch.arange(3), "step": 7} if team.leads else None)
+    late, nobody = team.any(team.rank == 2), team.any(False)
+    print(f"{team.rank}: {a.tolist()} {b.item()} {told['weights'].tolist()} {told['step']} {late} {nobody}", flush=True)"""
+    output, _ = torchrun(script, 3).communicate(timeout=120)
+    for rank in range(3):
+        assert f"{rank}: [[6.0, 6.0], [6.0, 6.0]] 3.0 [0, 1, 2] 7 True False" in output, output
+
+
+def test_processes_that_differ_are_told_which_and_how(torchrun):
+    script = 'team.check_same({"data": "abc", "params": f"p{team.rank // 2}"})'
+    output, _ = torchrun(script, 3).communicate(timeout=120)
+    assert "the 3 processes of this training differ, but all must be started alike:" in output, output
+    assert "params: rank 0 p0, rank 1 p0, rank 2 p1" in output, output
+    assert "data:" not in output
+
+
+def test_a_silent_process_is_taken_for_dead(torchrun):
+    # Stopped, it closes no connection, as on a host that lost its power.
+    script = """print(f"rank {team.rank} is {__import__('os').getpid()}", flush=True)
+    try:
+        while True:
+            team.any(False); time.sleep(0.05)
+    except PeerLost as error:
+        print(error, flush=True)
+        __import__('os')._exit(1)"""
+    run = torchrun(script, 2)
+    pids: dict[str, str] = {}
+    while len(pids) < 2:
+        if found := re.match(r"rank (\d) is (\d+)", run.stdout.readline()):
+            pids[found[1]] = found[2]
+    time.sleep(5)
+    os.kill(int(pids["1"]), signal.SIGSTOP)
+    first = psutil.Process(int(pids["0"]))
+    # Ended, and perhaps not asked for its exit code yet.
+    for _ in range(600):
+        if not first.is_running() or first.status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.1)
+    assert not first.is_running() or first.status() == psutil.STATUS_ZOMBIE
+    os.kill(int(pids["1"]), signal.SIGKILL)
+    text, _ = run.communicate(timeout=60)
+    assert "rank 1 has said nothing for 20 s: its host or the network to it is gone" in text, text

@@ -1,0 +1,98 @@
+"""However a batch is shared out and however many of its clips go through the network together: its gradient is the same."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from vrt.data.sampler import Batch
+from vrt.distributed import Team
+from vrt.params import Params, load_params
+from vrt.training import memory
+from vrt.training.loop import TrainingState, accumulate
+from vrt.training.session import build_state
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+CLIPS = 4
+
+
+class Member(Team):
+    """One of several processes, without the others: what it would add is looked at before it is added up."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+
+
+@pytest.fixture
+def params() -> Params:
+    """Many branches are dropped, so that a mask that is not its own shows in every gradient."""
+    quickstart = load_params(RECIPE)
+    network = quickstart.network.model_copy(
+        update={"drop_path_rate": 0.5, "depths": (1,) * 8, "embed_dims": (8,) * 8, "num_heads": (2,) * 8, "indep_reconsts": (7,)}
+    )
+    return quickstart.model_copy(update={"network": network.model_copy(update={"deformable_groups": 2})})
+
+
+@pytest.fixture
+def state(params: Params) -> TrainingState:
+    state = build_state(params, torch.device("cpu"))
+    # In double precision, or rounding would hide a small mistake.
+    state.network.double().train()
+    return state
+
+
+@pytest.fixture
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    truth = torch.rand(CLIPS, 6, 3, 16, 16, generator=generator, dtype=torch.float64)
+    return Batch(truth + 0.1 * torch.randn(truth.shape, generator=generator, dtype=torch.float64), truth)
+
+
+@pytest.fixture
+def gradient(params: Params, state: TrainingState, batch: Batch) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """(loss, gradients) of step 7 by `world` processes, whose parts are added."""
+
+    def of(world: int, at_once: int | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        state.optimizer.zero_grad(set_to_none=True)
+        own = CLIPS // world
+        shares = [Batch(*(part[rank * own : (rank + 1) * own] for part in (batch.degraded, batch.truth))) for rank in range(world)]
+        losses = [accumulate(params, state.network, 7, share, Member(rank, world), at_once) for rank, share in enumerate(shares)]
+        named = state.network.named_parameters()
+        return torch.stack(losses).sum(), {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+
+    return of
+
+
+@pytest.mark.parametrize("world, at_once", [(1, 3), (2, 1), (4, None)])
+def test_the_gradient_is_that_of_the_whole_batch(world: int, at_once: int | None, gradient):
+    whole_loss, whole = gradient(1, None)
+    loss, grads = gradient(world, at_once)
+
+    torch.testing.assert_close(loss, whole_loss, rtol=1e-12, atol=0)
+    assert grads.keys() == whole.keys()
+    for name in whole:
+        scale = whole[name].abs().max().item()
+        torch.testing.assert_close(grads[name], whole[name], rtol=0, atol=1e-9 * scale, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("holds, expected", [(4, 4), (3, 2), (1, 1), (0, 0)])
+def test_the_probe_finds_how_many_clips_the_memory_holds_and_changes_nothing(holds: int, expected: int, params, state, batch, monkeypatch):
+    before = {key: value.clone() for key, value in state.network.state_dict().items()}
+
+    def accumulated(params, network, step, few, team, at_once):
+        # A GPU's memory can't be made small here.
+        if len(few.truth) > holds:
+            raise torch.OutOfMemoryError
+        return accumulate(params, network, step, few, team, at_once)
+
+    monkeypatch.setattr(memory, "accumulate", accumulated)
+
+    assert memory.most_that_fits(params, state, batch) == expected
+    assert all(parameter.grad is None for parameter in state.network.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in state.network.state_dict().items())
+
+
+def test_too_little_memory_for_one_clip_is_told_with_what_helps(params: Params):
+    message = "rank 0: the GPU's memory does not hold a single clip of 6 frames and 48 pixels; set train.activation_checkpointing: true"
+    assert memory._too_small(params, Team()) == message

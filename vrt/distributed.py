@@ -1,0 +1,213 @@
+"""Processes that train together: what they add up, what they agree on, and how each notices that another is gone.
+
+torchrun starts them and numbers them (RANK, WORLD_SIZE, LOCAL_RANK); rank 0 leads: it alone saves, validates and speaks to services.
+
+Gradients are added up here and not by DistributedDataParallel. That regroups its sums after the first step of every process, so a resumed
+training would differ in its last bits from one that was never interrupted; it must search for parameters without a gradient while some are
+frozen; and VRT's steps take seconds, its 35 million gradients milliseconds, so there is little to hide behind the backward pass.
+"""
+
+import io
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SECONDS_OF_SILENCE = 20.0
+"""After these a process that says nothing is taken for dead: its host is, or the network to it."""
+SECONDS_BETWEEN_BEATS = 2.0
+# Not what finds the dead, but how long the others wait for rank 0 while it fetches a checkpoint, waits for a lease, or validates.
+LONGEST_WAIT = timedelta(days=2)
+LONGEST_FACTS = 4096
+
+
+class PeerLost(RuntimeError):
+    """A process that trains with this one is gone."""
+
+
+class Team:
+    """The processes of one training, seen from one of them. By itself: a process that trains alone."""
+
+    rank = 0
+    size = 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process. All must call it at the same point."""
+        return flag
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, the same bits in each. Raises PeerLost."""
+
+    def from_leader(self, value: Any) -> Any:
+        """Rank 0's `value`, a tree of tensors (which arrive on the CPU) and plain values, in every process."""
+        return value
+
+    def check_same(self, facts: Mapping[str, str]) -> None:
+        """Raises ValueError in every process, naming ranks and values, where not all were started with the same facts."""
+
+
+ALONE = Team()
+
+
+class Torchrun(Team):
+    """The team that torchrun made of this process and others."""
+
+    def __init__(self, rank: int, size: int, heart: "Heart"):
+        self.rank, self.size, self._heart = rank, size, heart
+        self.seconds = 0.0
+        """Spent on adding up so far, waiting for slower processes included."""
+
+    def any(self, flag: bool) -> bool:
+        flags = torch.tensor([float(flag)])
+        self._sum(flags)
+        return flags.item() > 0
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        started = time.monotonic()
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        self._sum(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+        self.seconds += time.monotonic() - started
+
+    def from_leader(self, value: Any) -> Any:
+        file = io.BytesIO()
+        if self.leads:
+            torch.save(value, file)
+        size = torch.tensor([file.tell()])
+        self._wait(lambda: dist.broadcast(size, 0, async_op=True))
+        data = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8) if self.leads else torch.empty(int(size), dtype=torch.uint8)
+        self._wait(lambda: dist.broadcast(data, 0, async_op=True))
+        return value if self.leads else torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
+
+    def check_same(self, facts: Mapping[str, str]) -> None:
+        everyone = [torch.zeros(LONGEST_FACTS, dtype=torch.uint8) for _ in range(self.size)]
+        own = json.dumps(dict(facts)).encode()
+        assert len(own) <= LONGEST_FACTS
+        self._wait(lambda: dist.all_gather(everyone, torch.frombuffer(bytearray(own.ljust(LONGEST_FACTS)), dtype=torch.uint8), async_op=True))
+        theirs = [json.loads(told.numpy().tobytes()) for told in everyone]
+        differing = []
+        for key in facts:
+            if len({told[key] for told in theirs}) > 1:
+                differing.append(f"{key}: " + ", ".join(f"rank {rank} {told[key]}" for rank, told in enumerate(theirs)))
+        if differing:
+            listed = "\n  ".join(differing)
+            raise ValueError(f"the {self.size} processes of this training differ, but all must be started alike:\n  {listed}")
+
+    def _sum(self, tensor: torch.Tensor) -> None:
+        self._wait(lambda: dist.all_reduce(tensor, async_op=True))
+
+    def _wait(self, start: Callable[[], dist.Work | None]) -> None:
+        try:
+            work = start()
+            if work is None:
+                return
+            # Looked at, not waited for: a host that lost its power closes no connection, and only the silence of its heart shows it.
+            pause = 1e-5
+            while not work.is_completed():
+                self._heart.check()
+                time.sleep(pause)
+                pause = min(2 * pause, 2e-3)
+            work.wait()
+        except PeerLost:
+            raise
+        except RuntimeError as error:
+            raise PeerLost(self._farewell(str(error).splitlines()[0])) from error
+
+    def _farewell(self, how: str) -> str:
+        return (
+            f"rank {self.rank} of {self.size} on {platform.node()} lost the others ({how}): one of them was killed or ended; "
+            "its own last lines say why, as far as it could. Run the same again: it goes on from the newest checkpoint"
+        )
+
+
+class Heart:
+    """Beats into the store that torchrun's agent keeps for all, and listens for the others."""
+
+    def __init__(self, rank: int, size: int):
+        self._rank, self._others = rank, [other for other in range(size) if other != rank]
+        # Of its own: a connection that waits for an answer serves nobody else meanwhile.
+        self._store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=SECONDS_OF_SILENCE)
+        )
+        # Attempts of one torchrun would hear each other's beats.
+        self._prefix = f"vrt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/beat"
+        self._lost = ""
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises PeerLost once another process was silent for too long."""
+        if self._lost:
+            raise PeerLost(self._lost)
+
+    @property
+    def missed(self) -> bool:
+        return bool(self._lost)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        beats, heard = 0, {other: (-1, time.monotonic()) for other in self._others}
+        while not self._stopped.wait(SECONDS_BETWEEN_BEATS):
+            try:
+                beats = self._store.add(f"{self._prefix}/{self._rank}", 1)
+                counts = {other: self._store.add(f"{self._prefix}/{other}", 0) for other in self._others}
+            except RuntimeError as error:
+                self._lost = self._lost or f"the host that torchrun's processes meet at does not answer ({str(error).splitlines()[0]})"
+                return
+            now = time.monotonic()
+            for other, count in counts.items():
+                if count != heard[other][0]:
+                    heard[other] = (count, now)
+                elif now - heard[other][1] > SECONDS_OF_SILENCE:
+                    self._lost = f"rank {other} has said nothing for {SECONDS_OF_SILENCE:.0f} s: its host or the network to it is gone (beat {beats})"
+                    return
+
+
+def is_worker() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def local_rank() -> int:
+    """The number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def follows() -> bool:
+    """Whether another process of this training leads: known before anything slow is imported or joined."""
+    return is_worker() and os.environ["RANK"] != "0"
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Team]:
+    """The team that this process trains in; while the block runs, its processes can reach each other."""
+    if not is_worker():
+        yield ALONE
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=LONGEST_WAIT)
+    heart = Heart(dist.get_rank(), dist.get_world_size())
+    try:
+        yield Torchrun(dist.get_rank(), dist.get_world_size(), heart)
+    finally:
+        heart.stop()
+        # To end it properly would be to wait for an answer of the dead.
+        if not heart.missed:
+            dist.destroy_process_group()

@@ -1,0 +1,133 @@
+"""`vrt train` with several processes: torchrun starts them, and what became of them is told in one exit code."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from vrt.data.clips import PreparedData
+from vrt.data.sampler import Share, check_sampling
+from vrt.distributed import is_worker
+from vrt.lifecycle import EXIT_DONE, EXIT_FAILED, OUTCOME, StopRequest
+from vrt.observe import log
+from vrt.params import Params, load_params, with_resume
+from vrt.stages import PREPARED
+
+# Of the process that leads: what it has at hand is saved and published within this, as when it trains alone.
+SECONDS_TO_SAVE = 60
+SECONDS_BETWEEN_LOOKS = 0.2
+
+
+def train_together(params_path: Path, resume: str | None, processes: int | str | None, machines: int, meet: str | None) -> int | None:
+    """Train with as many processes as asked for, on this machine and (`machines`) on others. Returns the exit code of the one that leads here.
+
+    None: this process is to train itself, since it is one of those, or the only one.
+    Raises ValueError for whatever is wrong with params and data, once, before any process starts.
+    """
+    if is_worker():
+        return None
+    if (machines > 1) != (meet is not None):
+        raise ValueError(f"--machines {machines} and --meet {meet}: expected both or neither; give them alike on every machine")
+    params = load_params(params_path)
+    count = processes_here(params, processes or params.train.processes, machines)
+    if count * machines == 1:
+        return None
+    if resume is not None:
+        with_resume(params, resume)
+    check_sampling(PreparedData.open(PREPARED), params)
+    here = loopback() if meet is None else on_the_way_to(meet)
+    where = ["--standalone"]
+    if meet is not None:
+        where = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", meet, "--rdzv-id", params.name]
+        # torchrun knows its machine by name only, not by its addresses.
+        where += ["--local-addr", here.address, "--rdzv-conf", f"is_host={here.is_meeting_point}"]
+    log.info("training with %d processes%s", count * machines, f" on {machines} machines" if machines > 1 else "")
+    told = ["--params", str(params_path), *(["--resume", resume] if resume else [])]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *where]
+    command += ["--max-restarts", "0", "--monitor-interval", "0.5", "--shutdown-timeout", str(SECONDS_TO_SAVE), "-m", "vrt", "train", *told]
+    with tempfile.TemporaryDirectory(prefix="vrt-") as folder:
+        return _launch(command, Path(folder) / "outcome", params.train.threads, here.name)
+
+
+def processes_here(params: Params, wanted: int | str, machines: int = 1) -> int:
+    """How many processes train on this machine. Raises ValueError where they can't share the batch, or have no GPU each."""
+    gpus, batch = torch.cuda.device_count(), params.train.batch_size
+    if wanted == "auto":
+        return max(count for count in range(1, max(gpus, 1) + 1) if count == 1 or batch % (count * machines) == 0)
+    count = int(wanted)
+    Share(0, count * machines).samples(batch)
+    if gpus and count > gpus:
+        raise ValueError(f"train.processes {count}: expected at most one for each of the {gpus} GPUs here; lower it, or set it to auto")
+    return count
+
+
+class Interface(NamedTuple):
+    """A network interface of this machine."""
+
+    name: str
+    address: str
+    is_meeting_point: bool
+
+
+def loopback() -> Interface:
+    return _interface_of("127.0.0.1", "127.0.0.1")
+
+
+def on_the_way_to(meet: str) -> Interface:
+    """The interface by which this machine reaches HOST:PORT. Raises ValueError where that is no such address."""
+    host, _, port = meet.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"--meet {meet}: expected HOST:PORT, such as 10.0.0.1:29500")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            # Sends nothing: it only asks for the way.
+            probe.connect(address)
+            return _interface_of(probe.getsockname()[0], address[0])
+    except OSError as error:
+        raise ValueError(f"--meet {meet}: this machine knows no way there ({error.strerror}); expected an address that all machines reach") from None
+
+
+def _interface_of(address: str, meet: str) -> Interface:
+    owners = (name for name, addresses in psutil.net_if_addrs().items() if any(one.address == address for one in addresses))
+    return Interface(next(owners), address, address == meet)
+
+
+def _launch(command: list[str], outcome: Path, threads: int, interface: str) -> int:
+    # torchrun would set one thread and warn of it. Left alone, gloo looks for the machine's own name, which leads nowhere without a network.
+    environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": interface, **os.environ, OUTCOME: str(outcome)}
+    with StopRequest() as stop, subprocess.Popen(command, env=environment) as torchrun:
+        passed_on = False
+        while torchrun.poll() is None:
+            if stop.reason and not passed_on:
+                # Past torchrun, which would take it for its own end; its processes have sessions, and so process groups, of their own.
+                passed_on = _ask_to_stop(torchrun.pid)
+            try:
+                torchrun.wait(SECONDS_BETWEEN_LOOKS)
+            except subprocess.TimeoutExpired:
+                continue
+    said = outcome.with_name(f"{outcome.name}.0")
+    code = int(said.read_text()) if said.exists() else EXIT_FAILED
+    # The process that leads may have done its part when another failed.
+    return code if code != EXIT_DONE or torchrun.returncode == 0 else EXIT_FAILED
+
+
+def _ask_to_stop(torchrun: int) -> bool:
+    """Ask every process that torchrun started to save and end. False: none is there yet to be asked."""
+    try:
+        workers = psutil.Process(torchrun).children()
+    except psutil.NoSuchProcess:
+        return True
+    for worker in workers:
+        try:
+            worker.send_signal(signal.SIGUSR1)
+        except psutil.NoSuchProcess:
+            continue
+    return bool(workers)

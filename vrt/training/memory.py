@@ -1,0 +1,66 @@
+"""How many clips go through the network together, where its memory may not hold a process's whole share of a batch."""
+
+import torch
+
+from vrt.data.clips import PreparedData
+from vrt.data.sampler import Batch, Share, training_batch
+from vrt.distributed import ALONE, Team
+from vrt.observe import log
+from vrt.params import Params
+from vrt.training.loop import TrainingState, accumulate
+from vrt.training.optim import set_schedule
+
+
+def clips_at_once(params: Params, state: TrainingState, share: Share, data: PreparedData, team: Team) -> int:
+    """`train.clips_at_once`, or for auto: all of the share on a CPU, and on a GPU the most that its memory holds, by trying.
+
+    Every process takes the least that any of them found. Raises ValueError where not even one clip fits.
+    """
+    own = len(share.samples(params.train.batch_size))
+    wanted = params.train.clips_at_once
+    if wanted != "auto":
+        return min(wanted, own)
+    device = next(state.network.parameters()).device
+    if device.type != "cuda":
+        return own
+    found = most_that_fits(params, state, training_batch(data, params, state.step + 1, share))
+    if team.any(found == 0):
+        raise ValueError(_too_small(params, team))
+    # The least of all, by asking from above.
+    for fewer in sorted(halves(own), reverse=True):
+        if not team.any(found < fewer):
+            log.info("%d of %d clips go through the network together on each GPU", fewer, own)
+            return fewer
+    raise AssertionError("the least is among the halves")
+
+
+def halves(count: int) -> list[int]:
+    """`count`, and what halving it again and again leaves, down to 1."""
+    found = [count]
+    while found[-1] > 1:
+        found.append((found[-1] + 1) // 2)
+    return found
+
+
+def most_that_fits(params: Params, state: TrainingState, batch: Batch) -> int:
+    """The most clips of a batch, by halves, whose gradient can be computed with everything trained; 0: not even one. Changes nothing."""
+    # What is frozen at first is not for ever, and needs memory then.
+    set_schedule(state.optimizer, params.optimizer, params.train.total_steps)
+    state.network.train()
+    for count in halves(len(batch.truth)):
+        few = Batch(batch.degraded[:count], batch.truth[:count])
+        try:
+            accumulate(params, state.network, state.step + 1, few, ALONE, None)
+            return count
+        except torch.OutOfMemoryError:
+            log.info("the GPU's memory does not hold %d clips at once", count)
+        finally:
+            state.optimizer.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    return 0
+
+
+def _too_small(params: Params, team: Team) -> str:
+    remedy = "lower train.crop or train.frames" if params.train.activation_checkpointing else "set train.activation_checkpointing: true"
+    return f"rank {team.rank}: the GPU's memory does not hold a single clip of {params.train.frames} frames and {params.train.crop} pixels; {remedy}"
