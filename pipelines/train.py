@@ -16,7 +16,7 @@ from pipelines.process import run
 from pipelines.project import RECIPES, Project, make, plan, pull_raw_data
 from pipelines.summary import closing_page
 from pipelines.watch import LauncherGone, NotWanted, Watch, report
-from vrt.lifecycle import RESUME
+from vrt.lifecycle import PROCESSES, RESUME
 
 Recipe = StrEnum("Recipe", {path.stem: path.stem for path in sorted(RECIPES.glob("*.yaml"))})
 RESUME_POLICY = r"^(auto|must|never|[0-9]+|fork [A-Za-z0-9][A-Za-z0-9._-]*@[0-9]+)$"
@@ -41,13 +41,13 @@ def prepare(project: Project) -> None:
 
 
 @task(name="train", cache_policy=NO_CACHE)
-def train_to_the_end(project: Project, resume: str, retry_pause: float) -> list[Attempt]:
+def train_to_the_end(project: Project, resume: str, processes: int, retry_pause: float) -> list[Attempt]:
     """Train, as often as it takes. Raises GivenUp where starting again would be in vain."""
     logger = get_run_logger()
     attempts: list[Attempt] = []
     # A policy other than auto asks for something to be trained, whatever DVC believes to be up to date.
     command = ["dvc", "repro", "--pull", "train"] if resume == "auto" else ["dvc", "repro", "--single-item", "--force", "train"]
-    told = {} if resume == "auto" else {RESUME: resume}
+    told = ({RESUME: resume} if resume != "auto" else {}) | ({PROCESSES: str(processes)} if processes else {})
     while not attempts or attempts[-1].end is not End.DONE:
         with Watch(project.status, logger) as watch:
             started = time.time()
@@ -100,6 +100,7 @@ def train(
     recipe: Recipe | None = None,
     overrides: dict[str, Any] = {},  # noqa: B006
     resume: Annotated[str, Field(pattern=RESUME_POLICY)] = "auto",
+    processes: Annotated[int, Field(ge=0)] = 0,
     retry_pause: Annotated[float, Field(ge=0, le=LONGEST_PAUSE)] = 20.0,
     dry_run: bool = False,
 ) -> State | None:
@@ -112,6 +113,7 @@ def train(
         overrides: Other values of params, by dotted key, such as {"name": "wide", "train.total_steps": 400}.
         resume: auto (as the params say: go on from the newest registered step, else begin), must (go on, or fail), never (begin anew),
             a step to go back to, or "fork LINEAGE@STEP" (branch off another training).
+        processes: How many processes train on the machine, one per GPU; 0: as the params say. It is the same training with any number.
         retry_pause: Seconds before a training that crashed is started again; they grow while it registers nothing new.
         dry_run: Only say what would be done.
     """
@@ -128,7 +130,7 @@ def train(
     try:
         with the_only_run_of(project.key, logger):
             prepare(project)
-            attempts = train_to_the_end(project, resume, retry_pause)
+            attempts = train_to_the_end(project, resume, processes, retry_pause)
             evaluate(project)
             report(closing_page(project.folder, attempts, verify(project)), "result", "What came of the training", logger)
             push(project)

@@ -49,6 +49,7 @@ def test_processes_that_differ_are_told_which_and_how(torchrun):
     assert "data:" not in output
 
 
+@pytest.mark.long
 def test_a_silent_process_is_taken_for_dead(torchrun):
     # Stopped, it closes no connection, as on a host that lost its power.
     script = """print(f"rank {team.rank} is {__import__('os').getpid()}", flush=True)

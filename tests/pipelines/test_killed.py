@@ -114,3 +114,26 @@ def test_a_flow_called_in_python_needs_no_server(make_workspace, uninterrupted):
     ended = subprocess.run([sys.executable, "-c", script], cwd=workspace.root, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert_same_training(uninterrupted, workspace)
+
+
+def test_a_rank_that_dies_costs_a_run_of_several_processes_one_attempt(worker):
+    worker.workspace.edit(train__batch_size=2)
+    run = begun(worker, processes=2)
+    ranks = [child for child in worker.process.children(recursive=True) if child.environ().get("LOCAL_RANK")]
+    assert len(ranks) == 2
+    next(rank for rank in ranks if rank.environ()["RANK"] == "1").kill()
+
+    assert worker.settled(run).state_name == "Completed"
+
+    log = worker.workspace.log.read_text()
+    assert "training with 2 processes" in log and "rank 0 of 2 on" in log, log
+    nothing_left(ranks)
+    attempts = [line for line in worker.artifacts(run)["result"].splitlines() if line.startswith(("| 1 |", "| 2 |"))]
+    assert "crashed: PeerLost: rank 0 of 2" in attempts[0] and "| done |" in attempts[1], attempts
+
+    cancelled = begun(worker, processes=2, overrides=ENDLESS | {"name": "cancelled-together"})
+    everything = [process for engine in worker.process.children() for process in engine.children(recursive=True)]
+    assert len(everything) >= 5
+    worker.prefect("flow-run", "cancel", cancelled)
+    assert worker.settled(cancelled).state_name == "Cancelled"
+    nothing_left(everything)

@@ -103,11 +103,11 @@ def _interface_of(address: str, meet: str) -> Interface:
 def _launch(command: list[str], outcome: Path, threads: int, interface: str) -> int:
     # torchrun would set one thread and warn of it. Left alone, gloo looks for the machine's own name, which leads nowhere without a network.
     environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": interface, **os.environ, OUTCOME: str(outcome)}
-    with StopRequest() as stop, subprocess.Popen(command, env=environment) as torchrun:
+    # In a group of its own: a signal to this one's asks to save, but torchrun would take it for its own end.
+    with StopRequest() as stop, subprocess.Popen(command, env=environment, process_group=0) as torchrun:
         passed_on = False
         while torchrun.poll() is None:
             if stop.reason and not passed_on:
-                # Past torchrun, which would take it for its own end; its processes have sessions, and so process groups, of their own.
                 passed_on = _ask_to_stop(torchrun.pid)
             try:
                 torchrun.wait(SECONDS_BETWEEN_LOOKS)
