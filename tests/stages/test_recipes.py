@@ -29,7 +29,7 @@ LAYOUTS = Path(__file__).parents[1] / "fixtures" / "layouts"
 @pytest.fixture(autouse=True)
 def log_as_the_tests_have_it(monkeypatch: pytest.MonkeyPatch):
     """A command in this process must not leave the log a handler that writes to this test's captured stderr."""
-    monkeypatch.setattr("vrt.observe.set_up_logging", lambda: None)
+    monkeypatch.setattr("vrt.observe.set_up_logging", lambda rank: None)
 
 
 @pytest.fixture
