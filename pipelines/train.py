@@ -16,7 +16,7 @@ from pipelines.process import run
 from pipelines.project import RECIPES, Project, make, plan, pull_raw_data
 from pipelines.summary import closing_page
 from pipelines.watch import LauncherGone, NotWanted, Watch, report
-from vrt.lifecycle import PROCESSES, RESUME
+from vrt.lifecycle import EXIT_DONE, EXIT_UNAVAILABLE, PROCESSES, RESUME
 
 Recipe = StrEnum("Recipe", {path.stem: path.stem for path in sorted(RECIPES.glob("*.yaml"))})
 RESUME_POLICY = r"^(auto|must|never|[0-9]+|fork [A-Za-z0-9][A-Za-z0-9._-]*@[0-9]+)$"
@@ -38,6 +38,21 @@ def pull() -> None:
 def prepare(project: Project) -> None:
     # --pull: what another machine made already and nothing changed since is fetched, not made again.
     run(["dvc", "repro", "--pull", "prepare"], get_run_logger(), project.folder).check()
+
+
+@task(name="see that all is there", cache_policy=NO_CACHE)
+def see_that_all_is_there(project: Project) -> None:
+    """Before any hour of a GPU is spent. Raises GivenUp, with what is wrong and how to mend it."""
+    logger = get_run_logger()
+    ended = run(["vrt", "doctor", "--json"], logger, project.folder, answers=True)
+    findings = json.loads(ended.answer) if ended.answer else []
+    for finding in findings:
+        say = logger.info if finding["state"] == "ok" else logger.warning
+        say("%s: %s", finding["subject"], "; ".join(filter(None, [finding["found"], finding["remedy"]])))
+    # Services that don't answer are waited for; all else needs a person.
+    if ended.code not in (EXIT_DONE, EXIT_UNAVAILABLE):
+        wrong = [f"{finding['subject']}: {finding['found']}; {finding['remedy']}" for finding in findings if finding["state"] == "wrong"]
+        raise GivenUp("`vrt doctor` finds that this training can't begin here:\n" + "\n".join(wrong or ended.tail))
 
 
 @task(name="train", cache_policy=NO_CACHE)
@@ -130,6 +145,7 @@ def train(
     try:
         with the_only_run_of(project.key, logger):
             prepare(project)
+            see_that_all_is_there(project)
             attempts = train_to_the_end(project, resume, processes, retry_pause)
             evaluate(project)
             report(closing_page(project.folder, attempts, verify(project)), "result", "What came of the training", logger)

@@ -116,6 +116,14 @@ def test_a_flow_called_in_python_needs_no_server(make_workspace, uninterrupted):
     assert_same_training(uninterrupted, workspace)
 
 
+def test_what_doctor_finds_wrong_ends_a_run_before_it_trains(worker):
+    run = worker.start("train/vrt", overrides={"name": "too-large", "train.crop": 4096})
+    found = worker.settled(run)
+    assert found.state_name == "Failed"
+    assert "`vrt doctor` finds that this training can't begin here" in found.state.message and "train.crop" in found.state.message
+    assert "training" not in worker.artifacts(run)
+
+
 def test_a_rank_that_dies_costs_a_run_of_several_processes_one_attempt(worker):
     worker.workspace.edit(train__batch_size=2)
     run = begun(worker, processes=2)

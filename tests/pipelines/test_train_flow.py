@@ -52,7 +52,7 @@ def test_the_pages_show_what_people_look_for(worker, finished):
     run = finished
     environment, name = worker.workspace.environment, worker.workspace.name
     prefect, mlflow = environment["PREFECT_API_URL"].removesuffix("/api"), environment["MLFLOW_TRACKING_URI"]
-    shows(f"{prefect}/runs/flow-run/{run}", "Completed", f"training:{name}", "6 Task runs", "Logs", "Artifacts")
+    shows(f"{prefect}/runs/flow-run/{run}", "Completed", f"training:{name}", "7 Task runs", "Logs", "Artifacts")
     shows(f"{prefect}/artifacts", "mlflow-run", "The run in MLflow", "training", "step 24 of 24, newest registered 24", "What came of the training")
     form = worker.look(run).deployment_id
     shows(f"{prefect}/deployments/deployment/{form}/run", "One of recipes/, instead of the project's params.yaml", "Only say what would be done")

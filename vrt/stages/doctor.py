@@ -69,7 +69,8 @@ def verdict(findings: list[Finding]) -> int:
 def processor(params: Params) -> Finding:
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
-        return Finding("processor", "ok", f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}, torch {torch.__version__}")
+        found = f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}, torch {torch.__version__}"
+        return Finding("processor", "ok", found)
     if shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi"], capture_output=True, check=False).returncode == 0:
         remedy = "install the CUDA build of torch from PyPI, or a newer driver"
         return Finding("processor", "wrong", f"an NVIDIA GPU that torch {torch.__version__} can't use", remedy)
