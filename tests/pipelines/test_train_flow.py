@@ -68,7 +68,8 @@ def test_the_pages_show_what_people_look_for(worker, finished):
     shows(f"{mlflow}/#/models/vrt-{name}", "@ latest-step", "@ best", "val_psnr")
 
 
-def test_what_goes_wrong_again_and_again_fails_and_what_is_not_wanted_saves_and_ends(worker):
+@pytest.mark.long
+def test_what_goes_wrong_again_and_again_fails_and_what_is_refused_is_not_tried_again(worker):
     crashing = worker.start("train/vrt", {"VRT_KILL_AT": "write:1"}, overrides={"name": "crashing"}, retry_pause=0)
     found = worker.settled(crashing)
     assert found.state_name == "Failed"
@@ -81,6 +82,8 @@ def test_what_goes_wrong_again_and_again_fails_and_what_is_not_wanted_saves_and_
     assert found.state_name == "Failed" and "can't be started as it is" in found.state.message
     assert "attempt 1" not in worker.workspace.log.read_text(), "it is not tried again"
 
+
+def test_what_is_not_wanted_any_more_saves_and_ends(worker):
     cancelled = worker.start("train/vrt", overrides=ENDLESS | {"name": "cancelled"})
     worker.wait_for("checkpoint 4 registered")
     trainers = worker.trainers()

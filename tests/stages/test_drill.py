@@ -31,6 +31,7 @@ def objects() -> set[str]:
     return {entry["Key"] for page in pages for entry in page.get("Contents", [])}
 
 
+@pytest.mark.long
 def test_a_drill_proves_the_recipe_and_leaves_nothing_behind(make_workspace, services):
     workspace = make_workspace("drilled")
     before = objects()

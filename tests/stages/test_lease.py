@@ -38,6 +38,7 @@ def make_quick_workspace(make_workspace):
 
 
 @pytest.mark.skipif(not can_unshare(), reason="needs the right to start a process in a process table of its own")
+@pytest.mark.long
 def test_a_trainer_that_was_thought_dead_stops_and_leaves_the_training_to_its_successor(make_quick_workspace):
     here, beside, far = (make_quick_workspace(folder) for folder in ("here", "beside", "far"))
     first = here.start("vrt", "train")

@@ -221,6 +221,7 @@ def test_interrupted_it_goes_on_where_it_stopped_and_gives_the_same_preview_incl
     assert np.array_equal(both[:, :, :32], moving(14)) and np.array_equal(both[:, :, 32:], decoded(tmp_path / "out.mkv"))
 
 
+@pytest.mark.long
 def test_killed_it_goes_on_and_gives_the_same(here, tmp_path):
     write_video(tmp_path / "in.mkv", moving(60), codec="ffv1")
     command = [sys.executable, "-m", "vrt", "restore", str(tmp_path / "in.mkv"), "--checkpoint", "net.pth", "-o"]
@@ -368,6 +369,7 @@ print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if
 """
 
 
+@pytest.mark.long
 def test_a_clip_ten_times_as_long_needs_no_more_memory(here, tmp_path):
     peaks = {}
     # Without it glibc keeps what was freed, more or less of it from run to run.

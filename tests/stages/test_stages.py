@@ -55,6 +55,7 @@ def test_train_lists_every_section_but_the_name_of_the_data_set(make_workspace):
     assert stages["prepare"]["params"] == ["data.dataset"]
 
 
+@pytest.mark.long
 def test_a_real_video_is_imported_prepared_and_trained_on(make_workspace):
     workspace = make_workspace("video")
     with av.open(workspace.root / "holiday.mp4", "w") as container:
