@@ -35,10 +35,11 @@ def test_all_add_up_hear_the_leader_and_agree(torchrun):
     team.add_up([a, b])
     told = team.from_leader({"weights": torch.arange(3), "step": 7} if team.leads else None)
     late, nobody = team.any(team.rank == 2), team.any(False)
+    late = (late, team.total(0.5, team.rank))
     print(f"{team.rank}: {a.tolist()} {b.item()} {told['weights'].tolist()} {told['step']} {late} {nobody}", flush=True)"""
     output, _ = torchrun(script, 3).communicate(timeout=120)
     for rank in range(3):
-        assert f"{rank}: [[6.0, 6.0], [6.0, 6.0]] 3.0 [0, 1, 2] 7 True False" in output, output
+        assert f"{rank}: [[6.0, 6.0], [6.0, 6.0]] 3.0 [0, 1, 2] 7 (True, (1.5, 3.0)) False" in output, output
 
 
 def test_processes_that_differ_are_told_which_and_how(torchrun):

@@ -43,9 +43,13 @@ class Team:
     def leads(self) -> bool:
         return self.rank == 0
 
+    def total(self, *numbers: float) -> tuple[float, ...]:
+        """The sum of each number over all processes. All must call it at the same point. Raises PeerLost."""
+        return numbers
+
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in any process. All must call it at the same point."""
-        return flag
+        """Whether `flag` is set in any process."""
+        return self.total(flag)[0] > 0
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes, the same bits in each. Raises PeerLost."""
@@ -69,10 +73,10 @@ class Torchrun(Team):
         self.seconds = 0.0
         """Spent on adding up so far, waiting for slower processes included."""
 
-    def any(self, flag: bool) -> bool:
-        flags = torch.tensor([float(flag)])
-        self._sum(flags)
-        return flags.item() > 0
+    def total(self, *numbers: float) -> tuple[float, ...]:
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        self._sum(sums)
+        return tuple(sums.tolist())
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         started = time.monotonic()

@@ -8,9 +8,10 @@ import torch
 
 from vrt.data.sampler import Batch
 from vrt.distributed import Team
+from vrt.lifecycle import StopRequest
 from vrt.params import Params, load_params
 from vrt.training import memory
-from vrt.training.loop import TrainingState, accumulate
+from vrt.training.loop import TrainingState, Validation, accumulate, train
 from vrt.training.session import build_state
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
@@ -104,3 +105,62 @@ def test_the_probe_finds_how_many_clips_the_memory_holds_and_changes_nothing(hol
 def test_too_little_memory_for_one_clip_is_told_with_what_helps(params: Params):
     message = "rank 0: the GPU's memory does not hold a single clip of 6 frames and 48 pixels; set train.activation_checkpointing: true"
     assert memory._too_small(params, Team()) == message
+
+
+class Pair(Member):
+    """One of two processes; the other is told to stop after `stopping` calls, and could not read a clip at each step."""
+
+    def __init__(self, rank: int, stopping: int):
+        super().__init__(rank, 2)
+        self.calls, self.stopping = 0, stopping
+
+    def total(self, *numbers: float) -> tuple[float, ...]:
+        self.calls += 1
+        told_to_stop, *others = numbers
+        return (told_to_stop + (self.calls >= self.stopping), *(number + 1 for number in others))
+
+
+class Heard:
+    """What a training hands over."""
+
+    def __init__(self):
+        self.saved: list[int] = []
+        self.rows: list[dict[str, float]] = []
+
+    def save(self, state: TrainingState, preview: bytes | None) -> None:
+        self.saved.append(state.step)
+
+    def send(self, row: dict[str, float]) -> None:
+        self.rows.append(row)
+
+    def check(self) -> None: ...
+
+    def safe_step(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_told_to_stop_anywhere_all_stop_after_the_same_step_and_only_the_leader_validates(rank: int, params, state, batch):
+    heard, validated = Heard(), []
+    stop = StopRequest()
+
+    def validate(_network: torch.nn.Module) -> Validation:
+        validated.append(state.step)
+        return Validation({"psnr": 20.0}, b"")
+
+    every_second = params.train.model_copy(update={"validate_every": 2, "checkpoint_every": 100})
+    # Three calls for two steps: the second is validated, after which all are asked again.
+    done = train(
+        params.model_copy(update={"train": every_second}),
+        state,
+        ((step, Batch(batch.degraded[:2], batch.truth[:2])) for step in range(1, 10)),
+        heard,
+        validate,
+        stop,
+        Pair(rank, stopping=4),
+    )
+
+    assert not done and stop.reason is None
+    assert heard.saved[-1] == state.step == 3
+    assert validated == ([2] if rank == 0 else [])
+    assert [row["data/skipped"] for row in heard.rows if "data/skipped" in row] == [1, 2, 3]

@@ -70,7 +70,8 @@ class Trainee:
         spoken = self.folder / "train.log"
         started, trains_after = time.monotonic(), None
         with spoken.open("w") as output:
-            command = [sys.executable, "-m", "vrt", "train"]
+            # What is killed must be the process that saves.
+            command = [sys.executable, "-m", "vrt", "train", "--processes", "1"]
             process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
             try:
                 while process.poll() is None:

@@ -75,6 +75,9 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
     torch.set_num_threads(params.train.threads)
     lineage = lineage_of(params, data)
     device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        # Compiled kernels run on the current device, whatever their tensors say.
+        torch.cuda.set_device(device)
     with StopRequest() as stop, determinism(params.train.deterministic), computing(params.train.precision), joined(device) as team:
         team.check_same(
             {"params": fingerprint(params.model_dump(mode="json")), "data": data.digest, "torch": torch.__version__, "code": code_version()}

@@ -91,11 +91,12 @@ def train(
         speed, shown, skipped = Speed(state.step), {}, 0
         try:
             for step, batch in batches:
-                skipped = report_skipped(checkpoints, step, batch, skipped)
                 loss, lr = take_step(params, state, step, batch, team, at_once)
                 reached(Phase.STEP)
                 now = due(plan, step)
-                stopping = step < plan.total_steps and team.any(stop.reason is not None)
+                told_to_stop, skipped_now = team.total(stop.reason is not None, len(batch.skipped))
+                skipped = report_skipped(checkpoints, step, batch, skipped, int(skipped_now))
+                stopping = step < plan.total_steps and told_to_stop > 0
                 shown = enter(state, checkpoints, loss, lr, speed, now, stopping) or shown
                 preview = None
                 if now.validate and not stopping:
@@ -121,14 +122,13 @@ def train(
     return True
 
 
-def report_skipped(checkpoints: Checkpoints, step: int, batch: Batch, before: int) -> int:
-    """Say which clips could not be read (`data.damaged: skip`). Returns how often that happened in this attempt."""
+def report_skipped(checkpoints: Checkpoints, step: int, batch: Batch, before: int, now: int) -> int:
+    """Say which clips this process could not read (`data.damaged: skip`), and how many all have met. Returns their number in this attempt."""
     for reason in batch.skipped:
         log.warning("skipped: %s", reason)
-    count = before + len(batch.skipped)
-    if batch.skipped:
-        checkpoints.send({"step": step, "data/skipped": count})
-    return count
+    if now:
+        checkpoints.send({"step": step, "data/skipped": before + now})
+    return before + now
 
 
 def enter(
