@@ -54,6 +54,12 @@ class LocalServices:
     endpoints: Endpoints
 
 
+@pytest.fixture(autouse=True)
+def log_as_the_tests_have_it(monkeypatch: pytest.MonkeyPatch):
+    """A command in this process must not leave the log a handler that writes to this test's captured stderr."""
+    monkeypatch.setattr("vrt.observe.set_up_logging", lambda rank: None)
+
+
 @pytest.fixture(scope="session")
 def nothing_given() -> Iterator[None]:
     """For the session, forget whatever leads to services of the user's: no test may touch those, or their project."""

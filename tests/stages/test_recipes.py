@@ -26,12 +26,6 @@ TASKS = [f"{number:03}" for number in range(1, 10)]
 LAYOUTS = Path(__file__).parents[1] / "fixtures" / "layouts"
 
 
-@pytest.fixture(autouse=True)
-def log_as_the_tests_have_it(monkeypatch: pytest.MonkeyPatch):
-    """A command in this process must not leave the log a handler that writes to this test's captured stderr."""
-    monkeypatch.setattr("vrt.observe.set_up_logging", lambda rank: None)
-
-
 @pytest.fixture
 def log_lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the commands say to their user, as it is said."""
