@@ -18,7 +18,7 @@ import torch
 from benchmarks.machine import describe
 from benchmarks.report import ROOT, show, write
 from vrt.data.sampler import Batch, Share
-from vrt.distributed import Torchrun, joined, local_rank
+from vrt.distributed import Torchrun, device_here, joined
 from vrt.params import Params, load_params
 from vrt.training.loop import take_step
 from vrt.training.session import build_network, build_state, hand_out
@@ -37,7 +37,7 @@ def measure(recipe: str, path: Path) -> None:
     params = load_params(ROOT / "recipes" / f"{recipe}.yaml")
     params = params.model_copy(update={"train": params.train.model_copy(update={"batch_size": CLIPS, "threads": 1})})
     torch.set_num_threads(1)
-    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    device = device_here()
     with joined(device) as team:
         assert isinstance(team, Torchrun)
         state = build_state(params, device)
@@ -93,7 +93,7 @@ def main() -> None:
         measure(sys.argv[1], Path(sys.argv[2]))
         return
     gpus = torch.cuda.device_count()
-    counts = [count for count in (1, 2, 4, 8) if count <= max(gpus, 2 if not gpus else 1)]
+    counts = [count for count in (1, 2, 4, 8) if count <= (gpus or 2)]
     recipe = RECIPE_ON_GPU if gpus else RECIPE_ON_CPU
     found: dict[str, Any] = {str(count): run(count, recipe) for count in counts}
     alone = found["1"]["steps_per_s"]

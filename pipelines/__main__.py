@@ -8,8 +8,9 @@ import time
 
 import psutil
 
-from pipelines.process import PROJECT, SECONDS_TO_SAVE
+from pipelines.process import PROJECT
 from vrt import services
+from vrt.lifecycle import SECONDS_TO_SAVE
 
 POOL = "vrt"
 

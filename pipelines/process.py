@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vrt import services
+from vrt.lifecycle import SECONDS_TO_SAVE
 
 PROJECT = Path(__file__).resolve().parents[1]
 
-# A trainer that is told to stop finishes its step, saves and publishes within this time.
-SECONDS_TO_SAVE = 60.0
 SECONDS_BETWEEN_LOOKS = 0.5
 LINES_KEPT = 10
 

@@ -45,13 +45,13 @@ def see_that_all_is_there(project: Project) -> None:
     """Before any hour of a GPU is spent. Raises GivenUp, with what is wrong and how to mend it."""
     logger = get_run_logger()
     ended = run(["vrt", "doctor", "--json"], logger, project.folder, answers=True)
-    findings = json.loads(ended.answer) if ended.answer else []
-    for finding in findings:
-        say = logger.info if finding["state"] == "ok" else logger.warning
-        say("%s: %s", finding["subject"], "; ".join(filter(None, [finding["found"], finding["remedy"]])))
+    wrong = []
+    for finding in json.loads(ended.answer or "[]"):
+        line = "; ".join(filter(None, [f"{finding['subject']}: {finding['found']}", finding["remedy"]]))
+        (logger.info if finding["state"] == "ok" else logger.warning)("%s", line)
+        wrong += [line] if finding["state"] == "wrong" else []
     # Services that don't answer are waited for; all else needs a person.
     if ended.code not in (EXIT_DONE, EXIT_UNAVAILABLE):
-        wrong = [f"{finding['subject']}: {finding['found']}; {finding['remedy']}" for finding in findings if finding["state"] == "wrong"]
         raise GivenUp("`vrt doctor` finds that this training can't begin here:\n" + "\n".join(wrong or ended.tail))
 
 

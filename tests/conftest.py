@@ -15,6 +15,7 @@ import boto3
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -58,6 +59,15 @@ class LocalServices:
 def log_as_the_tests_have_it(monkeypatch: pytest.MonkeyPatch):
     """A command in this process must not leave the log a handler that writes to this test's captured stderr."""
     monkeypatch.setattr("vrt.observe.set_up_logging", lambda rank: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors here are tiny: on a busy machine, threads that wait for each other take ten times as long as one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "vrt.observe": set(),
     "vrt.lifecycle": {"vrt.observe"},
     "vrt.status": {"vrt.observe"},
-    "vrt.distributed": set(),
+    "vrt.distributed": {"vrt.lifecycle"},
     "vrt.model": _GROUND,
     "vrt.data": _GROUND,
     "vrt.checkpoint": _GROUND,

@@ -7,7 +7,18 @@ from pathlib import Path
 
 from vrt.checkpoint.errors import StoreUnavailable
 from vrt.checkpoint.phases import Phase
-from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNAVAILABLE, PROCESSES, RESUME, launchers, tell_launcher
+from vrt.lifecycle import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_UNAVAILABLE,
+    PROCESSES,
+    RESUME,
+    launchers,
+    tell_launcher,
+    torchrun_rank,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from vrt.observe import log, set_up_logging
 
-    set_up_logging(int(os.environ.get("RANK", "0")))
+    set_up_logging(torchrun_rank() or 0)
     try:
         return args.run(args)
     except ValueError as error:
@@ -76,9 +87,9 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--dataset", metavar="NAME", help="with --checkpoint: a folder below data/raw/, for its test clips")
         if name == "train":
             told = f"overrides checkpoints.resume (as ${RESUME} does): auto, must, never, a step to go back to, or 'fork LINEAGE@STEP'"
-            command.add_argument("--resume", metavar="POLICY", help=told)
+            command.add_argument("--resume", metavar="POLICY", default=os.environ.get(RESUME) or None, help=told)
             told = f"overrides train.processes (as ${PROCESSES} does): processes on this machine, or auto, one per GPU"
-            command.add_argument("--processes", metavar="N", type=_processes, help=told)
+            command.add_argument("--processes", metavar="N", type=_processes, default=os.environ.get(PROCESSES) or None, help=told)
             told = "machines that train together: run the same command on each, with the same --meet"
             command.add_argument("--machines", metavar="N", type=_positive, default=1, help=told)
             command.add_argument("--meet", metavar="HOST:PORT", help="where the machines meet: a free port of one of them")
@@ -113,7 +124,9 @@ def _positive(text: str) -> int:
 
 
 def _processes(text: str) -> int | str:
-    return text if text == "auto" else _positive(text)
+    if text != "auto" and (not text.isdecimal() or not int(text)):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected auto, or a number from 1 on")
+    return text if text == "auto" else int(text)
 
 
 def _lead_to_services() -> None:
@@ -127,11 +140,9 @@ def _train(args: argparse.Namespace) -> int:
     from vrt.stages.train import run_training
 
     _lead_to_services()
-    resume = args.resume or os.environ.get(RESUME)
-    processes = args.processes or (_processes(os.environ[PROCESSES]) if os.environ.get(PROCESSES) else None)
-    if (code := train_together(args.params, resume, processes, args.machines, args.meet)) is not None:
+    if (code := train_together(args.params, args.resume, args.processes, args.machines, args.meet)) is not None:
         return code
-    return run_training(args.params, resume)
+    return run_training(args.params, args.resume)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ torchrun starts them and numbers them (RANK, WORLD_SIZE, LOCAL_RANK); rank 0 lea
 
 Gradients are added up here and not by DistributedDataParallel. That regroups its sums after the first step of every process, so a resumed
 training would differ in its last bits from one that was never interrupted; it must search for parameters without a gradient while some are
-frozen; and VRT's steps take seconds, its 35 million gradients milliseconds, so there is little to hide behind the backward pass.
+frozen; and VRT's steps take seconds, adding up their 31 million gradients milliseconds, so there is little to hide behind the backward pass.
 """
 
 import io
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from vrt.lifecycle import torchrun_rank
 
 SECONDS_OF_SILENCE = 20.0
 """After these a process that says nothing is taken for dead: its host is, or the network to it."""
@@ -113,11 +115,9 @@ class Torchrun(Team):
     def _sum(self, tensor: torch.Tensor) -> None:
         self._wait(lambda: dist.all_reduce(tensor, async_op=True))
 
-    def _wait(self, start: Callable[[], dist.Work | None]) -> None:
+    def _wait(self, start: Callable[[], dist.Work]) -> None:
         try:
             work = start()
-            if work is None:
-                return
             # Looked at, not waited for: a host that lost its power closes no connection, and only the silence of its heart shows it.
             pause = 1e-5
             while not work.is_completed():
@@ -167,42 +167,37 @@ class Heart:
         self._thread.join()
 
     def _beat(self) -> None:
-        beats, heard = 0, {other: (-1, time.monotonic()) for other in self._others}
+        heard = {other: (-1, time.monotonic()) for other in self._others}
         while not self._stopped.wait(SECONDS_BETWEEN_BEATS):
             try:
-                beats = self._store.add(f"{self._prefix}/{self._rank}", 1)
+                self._store.add(f"{self._prefix}/{self._rank}", 1)
                 counts = {other: self._store.add(f"{self._prefix}/{other}", 0) for other in self._others}
             except RuntimeError as error:
-                self._lost = self._lost or f"the host that torchrun's processes meet at does not answer ({str(error).splitlines()[0]})"
+                self._lost = f"the host that torchrun's processes meet at does not answer ({str(error).splitlines()[0]})"
                 return
             now = time.monotonic()
             for other, count in counts.items():
                 if count != heard[other][0]:
                     heard[other] = (count, now)
                 elif now - heard[other][1] > SECONDS_OF_SILENCE:
-                    self._lost = f"rank {other} has said nothing for {SECONDS_OF_SILENCE:.0f} s: its host or the network to it is gone (beat {beats})"
+                    self._lost = f"rank {other} has said nothing for {SECONDS_OF_SILENCE:.0f} s: its host or the network to it is gone"
                     return
 
 
-def is_worker() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def local_rank() -> int:
-    """The number of this process among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def follows() -> bool:
-    """Whether another process of this training leads: known before anything slow is imported or joined."""
-    return is_worker() and os.environ["RANK"] != "0"
+def device_here() -> torch.device:
+    """The GPU of this process, one for each process of the machine, made its current one; or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    # Compiled kernels run on the current device, whatever their tensors say.
+    torch.cuda.set_device(device)
+    return device
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Team]:
     """The team that this process trains in; while the block runs, its processes can reach each other."""
-    if not is_worker():
+    if torchrun_rank() is None:
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

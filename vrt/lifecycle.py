@@ -31,6 +31,8 @@ PROCESSES = "VRT_PROCESSES"
 OUTCOME = "VRT_OUTCOME"
 """Where a process that torchrun started leaves its exit code for `vrt train`: torchrun itself passes on none."""
 
+SECONDS_TO_SAVE = 60
+"""A trainer that is told to stop finishes its step, saves and publishes within this time."""
 SECONDS_BETWEEN_LOOKS = 0.5
 
 Launchers = list[tuple[int, int]]
@@ -73,6 +75,11 @@ def lost_launcher(chain: Launchers) -> int | None:
         except psutil.NoSuchProcess:
             return pid
     return None
+
+
+def torchrun_rank() -> int | None:
+    """The number that torchrun gave this process among those of its training; None: torchrun did not start it."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def tell_launcher(code: int) -> int:

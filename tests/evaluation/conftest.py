@@ -56,15 +56,6 @@ def texture(frames: int, height: int, width: int, seed: int) -> Tensor:
     return F.interpolate(noise, size=(frames, height, width), mode="trilinear")[0].transpose(0, 1).contiguous()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors here are tiny: on a busy machine, threads that wait for each other take ten times as long as one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def params() -> Params:
     quickstart = load_params(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")

@@ -4,7 +4,7 @@ import json
 import lzma
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
@@ -93,15 +93,6 @@ class PublishedCase:
         loss = charbonnier(output, far=True)
         loss.backward()
         return Run(network, clip, output.detach(), stages, loss.detach())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from threads, and lose much where other programs run beside the tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -103,6 +103,8 @@ def test_what_several_processes_can_not_do_is_said_once(make_workspace):
 
     assert ended.returncode == 2
     assert ended.stdout.count("train.batch_size 4: expected a multiple of the 3 processes that share it") == 1, ended.stdout
+    ended = workspace.run("vrt", "train", variables={"VRT_PROCESSES": "many"})
+    assert ended.returncode == 2 and "--processes: found 'many'; expected auto, or a number from 1 on" in ended.stdout, ended.stdout
     ended = workspace.run("vrt", "train", "--processes", "2", "--machines", "2")
     assert ended.returncode == 2 and "--machines 2 and --meet None: expected both or neither" in ended.stdout
 

@@ -1,6 +1,6 @@
 """However a batch is shared out and however many of its clips go through the network together: its gradient is the same."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,15 +23,6 @@ class Member(Team):
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from more, and lose much where other programs run beside the tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

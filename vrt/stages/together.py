@@ -14,14 +14,11 @@ import torch
 
 from vrt.data.clips import PreparedData
 from vrt.data.sampler import Share, check_sampling
-from vrt.distributed import is_worker
-from vrt.lifecycle import EXIT_DONE, EXIT_FAILED, OUTCOME, StopRequest
+from vrt.lifecycle import EXIT_DONE, EXIT_FAILED, OUTCOME, SECONDS_TO_SAVE, StopRequest, torchrun_rank
 from vrt.observe import log
 from vrt.params import Params, load_params, with_resume
 from vrt.stages import PREPARED
 
-# Of the process that leads: what it has at hand is saved and published within this, as when it trains alone.
-SECONDS_TO_SAVE = 60
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -31,7 +28,7 @@ def train_together(params_path: Path, resume: str | None, processes: int | str |
     None: this process is to train itself, since it is one of those, or the only one.
     Raises ValueError for whatever is wrong with params and data, once, before any process starts.
     """
-    if is_worker():
+    if torchrun_rank() is not None:
         return None
     if (machines > 1) != (meet is not None):
         raise ValueError(f"--machines {machines} and --meet {meet}: expected both or neither; give them alike on every machine")

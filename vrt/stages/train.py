@@ -25,7 +25,7 @@ from vrt.checkpoint.tracking import Lineage
 from vrt.data.clips import PreparedData
 from vrt.data.loading import training_batches
 from vrt.data.sampler import Share, check_sampling
-from vrt.distributed import Team, joined, local_rank
+from vrt.distributed import Team, device_here, joined
 from vrt.evaluation.pictures import png, preview
 from vrt.evaluation.run import validate
 from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, StopRequest
@@ -74,10 +74,7 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
     check_sampling(data, params)
     torch.set_num_threads(params.train.threads)
     lineage = lineage_of(params, data)
-    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        # Compiled kernels run on the current device, whatever their tensors say.
-        torch.cuda.set_device(device)
+    device = device_here()
     with StopRequest() as stop, determinism(params.train.deterministic), computing(params.train.precision), joined(device) as team:
         team.check_same(
             {"params": fingerprint(params.model_dump(mode="json")), "data": data.digest, "torch": torch.__version__, "code": code_version()}

@@ -215,8 +215,7 @@ def take_step(
     state.network.train()
     state.optimizer.zero_grad(set_to_none=True)
     loss = accumulate(params, state.network, step, batch, team, at_once)
-    if team.size > 1:
-        team.add_up([*(parameter.grad for parameter in state.network.parameters() if parameter.grad is not None), loss])
+    team.add_up([*(parameter.grad for parameter in state.network.parameters() if parameter.grad is not None), loss])
     state.agrees = False
     state.optimizer.step()
     if state.ema is not None:

@@ -23,15 +23,11 @@ def clips_at_once(params: Params, state: TrainingState, share: Share, data: Prep
     device = next(state.network.parameters()).device
     if device.type != "cuda":
         return own
-    found = most_that_fits(params, state, training_batch(data, params, state.step + 1, share))
-    if team.any(found == 0):
+    found = most_that_fits(params, state, training_batch(data, params, state.step + 1, share), team)
+    if not found:
         raise ValueError(_too_small(params, team))
-    # The least of all, by asking from above.
-    for fewer in sorted(halves(own), reverse=True):
-        if not team.any(found < fewer):
-            log.info("%d of %d clips go through the network together on each GPU", fewer, own)
-            return fewer
-    raise AssertionError("the least is among the halves")
+    log.info("%d of %d clips go through the network together on each GPU", found, own)
+    return found
 
 
 def halves(count: int) -> list[int]:
@@ -42,22 +38,27 @@ def halves(count: int) -> list[int]:
     return found
 
 
-def most_that_fits(params: Params, state: TrainingState, batch: Batch) -> int:
-    """The most clips of a batch, by halves, whose gradient can be computed with everything trained; 0: not even one. Changes nothing."""
+def most_that_fits(params: Params, state: TrainingState, batch: Batch, team: Team = ALONE) -> int:
+    """The most clips of a batch, by halves, whose gradient every process can compute with everything trained; 0: not even one.
+
+    Changes nothing of the state.
+    """
     # What is frozen at first is not for ever, and needs memory then.
     set_schedule(state.optimizer, params.optimizer, params.train.total_steps)
     state.network.train()
     for count in halves(len(batch.truth)):
         few = Batch(batch.degraded[:count], batch.truth[:count])
+        too_many = False
         try:
             accumulate(params, state.network, state.step + 1, few, ALONE, None)
-            return count
         except torch.OutOfMemoryError:
-            log.info("the GPU's memory does not hold %d clips at once", count)
-        finally:
-            state.optimizer.zero_grad(set_to_none=True)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            too_many = True
+        state.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not team.any(too_many):
+            return count
+        log.info("the GPUs' memory does not hold %d clips at once", count)
     return 0
 
 

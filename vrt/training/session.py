@@ -155,8 +155,6 @@ def released(manifest: Manifest) -> FileEntry | None:
 
 def hand_out(state: TrainingState, team: Team) -> None:
     """Bring every process of the team to the state of the one that leads. E and history stay with that one, which alone needs them."""
-    if team.size == 1:
-        return
     given = team.from_leader({"network": state.network.state_dict(), "optimizer": state.optimizer.state_dict(), "step": state.step})
     if not team.leads:
         state.network.load_state_dict(given["network"])
