@@ -14,6 +14,8 @@ from vrt.model.windows import Separation, Size, relative_position_index, shrunk_
 
 CACHED_SCORES = 2**21
 """Scores computed at once on a CPU, so that they stay in its cache."""
+BYTES_IN_STEP = 16
+"""The channels of a head fill whole steps of so many bytes, or PyTorch's fused attention for GPUs refuses them."""
 
 
 class WindowAttention(nn.Module):
@@ -102,7 +104,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, apart: Tenso
     if not torch.is_grad_enabled() and bias is not None:
         bias = bias.detach()
     added = [term.to(q.dtype) for term in (bias, apart) if term is not None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=sum(added[1:], added[0]).expand(q.shape[0], -1, -1, -1) if added else None)
+    mask = sum(added[1:], added[0]).expand(q.shape[0], -1, -1, -1) if added else None
+    channels = q.shape[-1]
+    missing = -channels % (BYTES_IN_STEP // q.element_size()) if q.is_cuda else 0
+    if missing:
+        # Zeros change no product; without them PyTorch takes its plain way, which writes all scores and was two to three times as slow.
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=channels**-0.5)[..., :channels]
 
 
 class KeptAttention(torch.autograd.Function):
