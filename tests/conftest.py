@@ -37,6 +37,8 @@ TINY = {
     "train__frames": 2,
     "train__crop": 16,
     "train__threads": 1,
+    # Without it, on a GPU no training has the bits of another.
+    "train__deterministic": torch.cuda.is_available(),
     "train__total_steps": 24,
     "train__checkpoint_every": 4,
     "train__validate_every": 4,
@@ -68,6 +70,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def gpu() -> torch.device:
+    """Skips where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU on this machine")
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The test runs on each kind of device that is here."""
+    return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("gpu")
 
 
 @pytest.fixture(scope="session")

@@ -196,7 +196,7 @@ class Train(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     """Decay of the averaged weights E; 0 keeps none."""
     deterministic: bool
-    """Refuse operators whose result varies from run to run. On CPUs every step is bit-identical without it; on CUDA it costs speed."""
+    """Refuse operators whose result varies from run to run. On CPUs every step is bit-identical without it; on CUDA it costs a third of the speed."""
     processes: Positive | Literal["auto"]
     """Processes on each machine that share every batch, one per GPU; auto: as many as there are GPUs and the batch can be shared by."""
     clips_at_once: Positive | Literal["auto"]
@@ -206,7 +206,7 @@ class Train(Section):
     """What a GPU computes in: fp32; its matrix products in tf32, which GPUs from Ampere on have and which is what the published trainings
     got from PyTorch's convolutions; or bf16, with flows, sampling points, weights and the loss in fp32. tf32 is fp32 on a CPU."""
     compile: bool
-    """Compile the network by torch.compile: minutes at the start, faster steps on a GPU. Changes results in their last bits."""
+    """Compile the blocks of the network by torch.compile: minutes at the start. Changes results in their last bits."""
     activation_checkpointing: bool
     """Keep only each block's input and compute the rest again for its gradient: less memory, more time, the same result."""
     threads: Positive

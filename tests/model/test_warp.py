@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vrt.model.warp import back_in_time, both_ways, extend_reach, gather_nearest4, pad_frames, warp
+import vrt.model.warp
+from vrt.model.warp import back_in_time, both_ways, extend_reach, gather_nearest4, pad_frames, sample, sample_in_order, warp
 
 
 @pytest.mark.parametrize("case", [0, 1])
@@ -13,6 +14,22 @@ def test_bilinear_warp_gives_the_published_values(case: int, numbers: Callable) 
     known = numbers("flow_warp")[case]
     found = warp(known["x"], known["flow"].permute(0, 3, 1, 2), known["padding_mode"])
     torch.testing.assert_close(found, known["out"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "border"])
+def test_sampling_in_order_has_the_values_and_gradients_of_pytorchs_own(padding_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Less than all points at once, as in a training.
+    monkeypatch.setattr(vrt.model.warp, "POINTS_AT_ONCE", 7)
+    torch.manual_seed(0)
+    x = torch.rand(3, 5, 7, 9, dtype=torch.float64, requires_grad=True)
+    # Some points lie far outside.
+    at_x, at_y = (torch.cat((torch.rand(3, 6, 4, dtype=torch.float64) * 14 - 3, torch.full((3, 6, 1), place)), 2) for place in (-50.0, 100.0))
+    sources = (x, at_x.requires_grad_(), at_y.requires_grad_())
+    found, expected = sample_in_order(*sources, padding_mode), sample(*sources, padding_mode)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(expected)
+    for a, b in zip(torch.autograd.grad(found, sources, weight), torch.autograd.grad(expected, sources, weight)):
+        torch.testing.assert_close(a, b)
 
 
 def test_nearest4_gathers_the_published_pixels_without_mixing(numbers: Callable) -> None:

@@ -1,5 +1,6 @@
 """Bit-identical steps, and the name of what prevents them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,18 +32,33 @@ def test_other_errors_pass_and_nothing_is_refused_unless_wanted():
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
 
 
-def test_the_real_network_trains_to_the_same_bits_with_and_without_it():
+@pytest.fixture
+def weights_after_two_steps() -> Callable[[torch.device], dict[str, torch.Tensor]]:
+    """Trains the real network, small, everything unfrozen."""
     params = load_params(PROJECT / "recipes" / "quickstart.yaml")
     small = params.network.model_copy(update={"depths": (2,) + (1,) * 7, "embed_dims": (8,) * 8, "num_heads": (2,) * 8, "indep_reconsts": (7,)})
     unfrozen = params.optimizer.model_copy(update={"flow_frozen_steps": 0})
     params = params.model_copy(update={"network": small, "optimizer": unfrozen})
     truth = torch.rand(1, 3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+
+    def train(device: torch.device) -> dict[str, torch.Tensor]:
+        state = build_state(params, device)
+        for step in (1, 2):
+            take_step(params, state, step, Batch(truth + 0.1 * step, truth))
+        return state.network.state_dict()
+
+    return train
+
+
+def test_the_real_network_trains_to_the_same_bits_with_and_without_it(weights_after_two_steps):
     weights = []
-    torch.set_num_threads(params.train.threads)
     for wanted in (True, False, True):
         with determinism(wanted):
-            state = build_state(params, torch.device("cpu"))
-            for step in (1, 2):
-                take_step(params, state, step, Batch(truth + 0.1 * step, truth))
-        weights.append(state.network.state_dict())
+            weights.append(weights_after_two_steps(torch.device("cpu")))
+    assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])
+
+
+def test_on_a_gpu_the_real_network_trains_to_the_same_bits(gpu, weights_after_two_steps):
+    with determinism(True):
+        weights = [weights_after_two_steps(gpu) for _ in range(3)]
     assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])

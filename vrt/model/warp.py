@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+POINTS_AT_ONCE = 2**22
+"""PyTorch's kernel for the gradient of weighted sums of rows numbers its threads, 128 for a point, in 32 bits, and does not look whether they fit."""
+
 
 def both_ways(x: Tensor) -> Tensor:
     """A clip and, after it in the batch, the same clip played backwards: (B, D, ...) -> (2B, D, ...).
@@ -36,10 +39,37 @@ def sample(x: Tensor, at_x: Tensor, at_y: Tensor, padding_mode: str = "zeros") -
     x: (N, C, H, W); at_x, at_y: (N, h, w), pixels. Returns (N, C, h, w) in the dtype of the points.
     padding_mode: "zeros" (a pixel outside the frame is 0) or "border" (points are moved to the nearest edge).
     """
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        # PyTorch's own sampling adds up the gradient of a pixel there in an order that varies from run to run.
+        return sample_in_order(x, at_x, at_y, padding_mode)
     height, width = x.shape[-2:]
     # In the convention of align_corners=False pixel p sits at (2p + 1) / size - 1. Unlike the other one it also holds for a size of 1.
     grid = torch.stack((at_x * (2 / width) + (1 / width - 1), at_y * (2 / height) + (1 / height - 1)), dim=-1)
     return F.grid_sample(x.to(grid.dtype), grid, mode="bilinear", padding_mode=padding_mode, align_corners=False)
+
+
+def sample_in_order(x: Tensor, at_x: Tensor, at_y: Tensor, padding_mode: str) -> Tensor:
+    """What `sample` gives, by a weighted sum of rows of a table, whose gradient is added up in a fixed order on every device."""
+    n, channels, height, width = x.shape
+    if padding_mode == "border":
+        at_x, at_y = _moved_inside(at_x, width), _moved_inside(at_y, height)
+    left, top = at_x.detach().floor(), at_y.detach().floor()
+    right_share, bottom_share = at_x - left, at_y - top
+    # A frame of zeros around the image stands for everything outside.
+    columns = [p.clamp(-1, width).long() + 1 for p in (left, left + 1)]
+    rows = [(p.clamp(-1, height).long() + 1) * (width + 2) for p in (top, top + 1)]
+    table = F.pad(x.to(at_x.dtype), (1, 1, 1, 1)).permute(0, 2, 3, 1).reshape(-1, channels)
+    own_rows = torch.arange(n, device=x.device).view(n, 1, 1) * ((height + 2) * (width + 2))
+    index = torch.stack([own_rows + row + column for row in rows for column in columns], dim=-1)
+    shares = torch.stack([v * h for v in (1 - bottom_share, bottom_share) for h in (1 - right_share, right_share)], dim=-1)
+    few = zip(index.view(-1, 4).split(POINTS_AT_ONCE), shares.view(-1, 4).split(POINTS_AT_ONCE))
+    sampled = torch.cat([F.embedding_bag(rows, table, mode="sum", per_sample_weights=own) for rows, own in few])
+    return sampled.view(n, *at_x.shape[1:], channels).permute(0, 3, 1, 2).contiguous()
+
+
+def _moved_inside(at: Tensor, size: int) -> Tensor:
+    """Points moved to the nearest pixel of an axis; none on the edge or beyond it has a gradient."""
+    return torch.where((at > 0) & (at < size - 1), at, at.detach().clamp(0, size - 1))
 
 
 def warp(x: Tensor, flow: Tensor, padding_mode: str = "zeros") -> Tensor:
