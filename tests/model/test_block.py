@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vrt.model.block import Block, BlockGroup
+from vrt.model.block import Block, BlockGroup, compile_blocks
 
 
 def make_block(drop_path: float) -> Block:
@@ -14,8 +14,8 @@ def make_block(drop_path: float) -> Block:
 def test_each_sample_keeps_or_loses_a_whole_branch_and_the_mean_stays() -> None:
     block = make_block(0.25).train()
     torch.manual_seed(1)
-    kept = block._drop(torch.ones(4000, 1, 2, 2, 3))
-    assert torch.equal(kept, kept[:, :1, :1, :1, :1].expand_as(kept))
+    kept = block._draw(torch.ones(4000, 1, 2, 2, 3))
+    assert kept.shape == (4000, 1, 1, 1, 1)
     assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
     assert kept.mean().item() == pytest.approx(1, abs=0.03)
 
@@ -45,3 +45,21 @@ def test_shifted_blocks_carry_information_across_window_borders_and_unshifted_on
         assert (difference[4, 4] > 0) == reached
         # The other end of the map, which the cyclic shift brings into the same window as the near end, stays out of reach.
         assert difference[7, 7] == 0
+
+
+@pytest.mark.long
+def test_compiled_blocks_have_the_results_and_gradients_of_the_others_and_drop_the_same_branches() -> None:
+    torch.manual_seed(0)
+    group = BlockGroup(8, (2, 4, 4), 2, 2.0, True, mutual=True, drop_path=[0.0, 0.5], use_checkpoint=True).train()
+    x = torch.rand(6, 2, 8, 8, 8)
+
+    def outcome() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        out = group(x)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), list(group.parameters()))]
+
+    plain = outcome()
+    compile_blocks(group)
+    for found, expected in zip(outcome(), plain):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -12,10 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from vrt.model.attention import WindowAttention
 from vrt.model.linear import Linear, runs_eagerly_on_cpu
-from vrt.model.windows import Size, fit_window, merge, partition, separate
+from vrt.model.windows import Separation, Size, fit_window, merge, padded_size, partition, separate
 
 CACHED_ROWS = 4096
 """Tokens whose hidden values fit a CPU's cache."""
+KINDS_OF_BLOCK = 128
+"""More than a network has: of scale, width, window and shift, in training, in validation, and for each size of a part of a batch."""
 
 
 class GatedMlp(nn.Module):
@@ -63,24 +65,52 @@ class Block(nn.Module):
         self.mlp = GatedMlp(dim, int(dim * mlp_ratio), dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self._drop(self._attend(self.norm1(x)))
-        return x + self._drop(self.mlp(self.norm2(x)))
-
-    def _attend(self, x: Tensor) -> Tensor:
         size = tuple(x.shape[1:4])
-        window, shift = fit_window(size, self.window, self.shift, least_depth=2 if self.mutual else 1)
+        window, shift = self._fitting(size)
+        separation = separate(padded_size(size, window), window, shift, x.device) if any(shift) else None
+        return self.residual_branches(x, separation, self._draw(x), self._draw(x))
+
+    def residual_branches(self, x: Tensor, separation: Separation | None, of_attention: Tensor | None, of_mlp: Tensor | None) -> Tensor:
+        """The block, given what separates the tokens of shifted windows, and what `_draw` drew for either branch."""
+        x = x + _times(self._attend(self.norm1(x), separation), of_attention)
+        return x + _times(self.mlp(self.norm2(x)), of_mlp)
+
+    def _attend(self, x: Tensor, separation: Separation | None) -> Tensor:
+        size = tuple(x.shape[1:4])
+        window, shift = self._fitting(size)
         tokens, padded = partition(x, window, shift)
-        separation = separate(padded, window, shift, x.device) if any(shift) else None
         return merge(self.attn(tokens, window, separation), padded, size, window, shift)
 
-    def _drop(self, branch: Tensor) -> Tensor:
-        """Stochastic depth (Huang et al., arXiv 1603.09382), drawn from the default generator of the branch's device."""
+    def _fitting(self, size: Size) -> tuple[Size, Size]:
+        """The window and shift used on a map of `size`."""
+        return fit_window(size, self.window, self.shift, least_depth=2 if self.mutual else 1)
+
+    def _draw(self, x: Tensor) -> Tensor | None:
+        """Stochastic depth (Huang et al., arXiv 1603.09382), drawn from the default generator of x's device: what to multiply a branch by,
+        (B, 1, 1, 1, 1), or None where nothing is ever dropped.
+        """
         if not self.training or self.drop_path == 0:
-            return branch
+            return None
         keep = 1 - self.drop_path
-        first, total = self.place or (0, branch.shape[0])
-        drawn = branch.new_empty(total, 1, 1, 1, 1).bernoulli_(keep).div_(keep)
-        return branch * drawn[first : first + branch.shape[0]]
+        first, total = self.place or (0, x.shape[0])
+        drawn = x.new_empty(total, 1, 1, 1, 1).bernoulli_(keep).div_(keep)
+        return drawn[first : first + x.shape[0]]
+
+
+def _times(branch: Tensor, factor: Tensor | None) -> Tensor:
+    return branch if factor is None else branch * factor
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Let the compiler fuse what the blocks of `network` compute.
+
+    Not the network as one piece: it has a hundred blocks but a score of kinds of them, and to compile each kind once takes a fraction of the time.
+    """
+    # The kinds differ in size, window, shift and width: more than the compiler's limit, beyond which it would silently give up.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS_OF_BLOCK)
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.residual_branches = torch.compile(module.residual_branches, dynamic=False)
 
 
 def place_in_batch(network: nn.Module, first: int, total: int) -> None:

@@ -24,12 +24,17 @@ def fit_window(size: Size, window: Size, shift: Size, least_depth: int) -> tuple
     return (max(fitted[0], least_depth), *fitted[1:]), kept
 
 
+def padded_size(size: Size, window: Size) -> Size:
+    """The size of a map after it was padded to multiples of the window."""
+    return tuple(-(-s // w) * w for s, w in zip(size, window))
+
+
 def partition(x: Tensor, window: Size, shift: Size) -> tuple[Tensor, Size]:
     """Cut maps into windows. (B, D, H, W, C) -> (B * M, N, C), and the size after padding.
 
     The map is zero-padded at its ends to multiples of the window, then rolled back by the shift.
     """
-    padding = [-s % w for s, w in zip(x.shape[1:4], window)]
+    padding = [padded - s for padded, s in zip(padded_size(x.shape[1:4], window), x.shape[1:4])]
     if any(padding):
         x = F.pad(x, (0, 0, 0, padding[2], 0, padding[1], 0, padding[0]))
     if any(shift):
@@ -66,7 +71,7 @@ class Separation:
         """(windows in part, 1, N, N): what to add to the scores of the first `tokens` tokens of the windows in `part`, of `windows` in all
         (M per clip); None where it would be nothing.
         """
-        own = self.pattern[torch.arange(*part.indices(windows), device=self.pattern.device) % len(self.pattern)]
+        own = self.pattern.repeat(windows // len(self.pattern))[part]
         if own.device.type == "cpu" and not torch.compiler.is_compiling() and not own.any():
             return None
         return self.masks[own, :tokens, :tokens].unsqueeze(1)

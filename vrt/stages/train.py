@@ -30,6 +30,7 @@ from vrt.evaluation.pictures import png, preview
 from vrt.evaluation.run import validate
 from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, StopRequest
 from vrt.machine import MachineUse
+from vrt.model.block import compile_blocks
 from vrt.observe import log
 from vrt.params import Params, fingerprint, flatten, load_params, with_resume
 from vrt.stages import CHECKPOINTS, MODEL, PREPARED, REPORTS
@@ -152,7 +153,7 @@ def train_from(state: TrainingState, training: Training, checkpoints: Checkpoint
     share = Share(team.rank, team.size)
     at_once = clips_at_once(params, state, share, data, team)
     if params.train.compile:
-        state.network.compile()
+        compile_blocks(state.network)
     with closing(training_batches(data, params, state.step + 1, params.train.total_steps, share)) as batches:
         return train(params, state, batches, checkpoints, lambda network: validation(network, data, params), training.stop, team, at_once)
 
