@@ -18,10 +18,10 @@ REPOSITORY = Path(__file__).parents[1]
 def torchrun(tmp_path: Path):
     """Starts `script` in several processes; each finds `team` in it."""
 
-    def start(script: str, processes: int) -> subprocess.Popen:
+    def start(script: str, processes: int, device: str = "cpu") -> subprocess.Popen:
         path = tmp_path / "script.py"
         path.write_text(
-            f"import torch, time\nfrom vrt.distributed import PeerLost, joined\nwith joined(torch.device('cpu')) as team:\n    {script}\n"
+            f"import torch, time\nfrom vrt.distributed import PeerLost, joined\nwith joined(torch.device('{device}')) as team:\n    {script}\n"
         )
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(path)]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -40,6 +40,16 @@ def test_all_add_up_hear_the_leader_and_agree(torchrun):
     output, _ = torchrun(script, 3).communicate(timeout=120)
     for rank in range(3):
         assert f"{rank}: [[6.0, 6.0], [6.0, 6.0]] 3.0 [0, 1, 2] 7 (True, (1.5, 3.0)) False" in output, output
+
+
+def test_gradients_are_added_up_on_the_gpu_and_all_else_beside_it(torchrun, gpu):
+    # One process: NCCL gives each a GPU of its own.
+    script = """a = torch.full((2, 2), 3.0, device="cuda")
+    team.add_up([a])
+    told = team.from_leader({"weights": torch.arange(3, device="cuda")})
+    print(a.tolist(), told["weights"].tolist(), team.any(True), team.total(0.5), flush=True)"""
+    output, _ = torchrun(script, 1, "cuda").communicate(timeout=120)
+    assert "[[3.0, 3.0], [3.0, 3.0]] [0, 1, 2] True (0.5,)" in output, output
 
 
 def test_processes_that_differ_are_told_which_and_how(torchrun):

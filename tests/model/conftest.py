@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def charbonnier(output: Tensor, far: bool) -> Tensor:
 class Run:
     """A forward and backward pass of a published case."""
 
-    network: VRT
+    gradients: dict[str, Tensor]
     clip: Tensor
     output: Tensor
     stages: dict[str, Tensor]
@@ -70,6 +69,7 @@ class PublishedCase:
 
     numbers: dict[str, Any]
     spynet: dict[str, Tensor] = field(repr=False)
+    _runs: dict[torch.device, Run] = field(default_factory=dict, repr=False)
 
     def network(self, dtype: torch.dtype) -> VRT:
         """The network with the published weights, in evaluation mode."""
@@ -81,18 +81,23 @@ class PublishedCase:
         assert all(key.endswith(DERIVED) for key in keys.missing_keys)
         return network.to(dtype).eval()
 
-    @cached_property
-    def run64(self) -> Run:
-        """In float64, forward and backward; made once and shared by the tests."""
-        network = self.network(torch.float64)
+    def run64(self, device: torch.device) -> Run:
+        """In float64, forward and backward; made once for each device and shared by the tests. All it holds is on the CPU."""
+        if device not in self._runs:
+            self._runs[device] = self._run64(device)
+        return self._runs[device]
+
+    def _run64(self, device: torch.device) -> Run:
+        network = self.network(torch.float64).to(device)
         stages: dict[str, Tensor] = {}
         for name in self.numbers["stage64_digests"]:
-            network.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: stages.update({name: out.detach()}))
+            network.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: stages.update({name: out.detach().cpu()}))
         clip = self.numbers["input"].double().requires_grad_()
-        output = network(clip)
+        output = network(clip.to(device)).cpu()
         loss = charbonnier(output, far=True)
         loss.backward()
-        return Run(network, clip, output.detach(), stages, loss.detach())
+        gradients = {name: parameter.grad.cpu() for name, parameter in network.named_parameters()}
+        return Run(gradients, clip, output.detach(), stages, loss.detach())
 
 
 @pytest.fixture(scope="session")

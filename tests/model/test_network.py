@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vrt.model.network import VRT
+from vrt.training.determinism import computing
 
 TASKS = ["001", "002", "003", "004", "005", "006", "007", "008", "009"]
 LONG = ["sr_pa2_shift3d", "sr_pa4_d7", "sr_pa6_d9", "deblur_pa2_win8", "deblur_pa2_b2"]
@@ -49,27 +50,27 @@ def test_blocks_have_the_published_windows_shifts_and_drop_rates(published_layou
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float32_output_is_within_ten_times_the_published_rounding(case: str, published: Callable) -> None:
-    numbers, network = published(case).numbers, published(case).network(torch.float32)
-    with torch.inference_mode():
-        output = network(numbers["input"])
+def test_float32_output_is_within_ten_times_the_published_rounding(case: str, device: torch.device, published: Callable) -> None:
+    numbers, network = published(case).numbers, published(case).network(torch.float32).to(device)
+    with torch.inference_mode(), computing("fp32"):
+        output = network(numbers["input"].to(device)).cpu()
     assert list(output.shape) == numbers["output_shape"]
     difference = (output[:, numbers["output_frames"]] - numbers["output"]).abs().max().item()
     assert difference <= 10 * numbers["output64_max_abs_diff"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float64_stages_agree_with_the_published_ones(case: str, published: Callable, assert_digest: Callable) -> None:
-    numbers, run = published(case).numbers, published(case).run64
+def test_float64_stages_agree_with_the_published_ones(case: str, device: torch.device, published: Callable, assert_digest: Callable) -> None:
+    numbers, run = published(case).numbers, published(case).run64(device)
     for name, expected in numbers["stage64_digests"].items():
         assert_digest(as_published(name, run.stages[name], run.clip.shape[0]), expected)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_float64_output_and_losses_agree_with_the_published_ones(
-    case: str, published: Callable, assert_digest: Callable, charbonnier_loss: Callable
+    case: str, device: torch.device, published: Callable, assert_digest: Callable, charbonnier_loss: Callable
 ) -> None:
-    numbers, run = published(case).numbers, published(case).run64
+    numbers, run = published(case).numbers, published(case).run64(device)
     for frame, expected in enumerate(numbers["output64_digest_per_frame"]):
         assert_digest(run.output[:, frame], expected)
     assert run.loss.item() == pytest.approx(numbers["loss64"], rel=1e-6)
@@ -77,9 +78,9 @@ def test_float64_output_and_losses_agree_with_the_published_ones(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float64_gradients_agree_with_the_published_ones(case: str, published: Callable, assert_digest: Callable) -> None:
-    numbers, run = published(case).numbers, published(case).run64
-    gradients = {name: p.grad for name, p in run.network.named_parameters()}
+def test_float64_gradients_agree_with_the_published_ones(case: str, device: torch.device, published: Callable, assert_digest: Callable) -> None:
+    numbers, run = published(case).numbers, published(case).run64(device)
+    gradients = run.gradients
     assert list(gradients) == list(numbers["grad64_l2"])
     for name, gradient in gradients.items():
         assert_digest(gradient, {"l2": numbers["grad64_l2"][name], "probe": numbers["grad64_probe"][name]})

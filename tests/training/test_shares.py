@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vrt.data.sampler import Batch
-from vrt.distributed import Team
+from vrt.distributed import ALONE, Team
 from vrt.lifecycle import StopRequest
 from vrt.params import Params, load_params
 from vrt.training import memory
@@ -91,6 +91,27 @@ def test_the_probe_finds_how_many_clips_the_memory_holds_and_changes_nothing(hol
     assert memory.most_that_fits(params, state, batch) == expected
     assert all(parameter.grad is None for parameter in state.network.parameters())
     assert all(torch.equal(value, before[key]) for key, value in state.network.state_dict().items())
+
+
+def test_the_probe_finds_what_the_memory_of_a_real_gpu_holds(gpu, params, batch):
+    state = build_state(params, gpu)
+    more = Batch(*(part.repeat(2, 1, 1, 3, 3) for part in (batch.degraded, batch.truth)))
+
+    def peak_of(clips: int) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        accumulate(params, state.network, 1, Batch(more.degraded[:clips], more.truth[:clips]), ALONE, None)
+        state.optimizer.zero_grad(set_to_none=True)
+        return torch.cuda.max_memory_allocated()
+
+    between = (peak_of(2) + peak_of(4)) / 2
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(between / torch.cuda.get_device_properties(gpu).total_memory)
+    try:
+        assert memory.most_that_fits(params, state, more) == 2
+        peak_of(2)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_too_little_memory_for_one_clip_is_told_with_what_helps(params: Params):

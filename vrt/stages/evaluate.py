@@ -24,6 +24,7 @@ from vrt.params import Params, fingerprint, load_params
 from vrt.stages import MODEL, PREPARED, REPORTS
 from vrt.stages.provenance import folder_of
 from vrt.stages.selector import Chosen, choose
+from vrt.training.determinism import computing
 from vrt.training.session import build_network, load_fitting, released
 
 OTHERS = Path("data/.prepared-for-evaluation")
@@ -45,8 +46,7 @@ def run_evaluation(params_path: Path, checkpoint: str | None = None, dataset: st
     params = load_params(params_path)
     data = PreparedData.open(PREPARED)
     network, manifest = load_model(params)
-    network.to("cuda" if torch.cuda.is_available() else "cpu")
-    evaluation = evaluate(network, data, params, "test")
+    evaluation = measure(network, data, params)
     write_report(evaluation, REPORTS / "evaluation")
     Console().print(summary_table(evaluation))
     _record(params.name, data.index.dataset, manifest, evaluation)
@@ -57,9 +57,8 @@ def measure_checkpoint(chosen: Chosen, dataset: str | None) -> Evaluation:
     """Evaluate a checkpoint on the test clips of a data set (None: that of the params file), write a report, and tell MLflow."""
     name = dataset or chosen.params.data.dataset
     data = test_clips(name, chosen.params)
-    chosen.network.to("cuda" if torch.cuda.is_available() else "cpu")
     log.info("%s on the test clips of %s", chosen.name, name)
-    evaluation = evaluate(chosen.network, data, chosen.params, "test")
+    evaluation = measure(chosen.network, data, chosen.params)
     write_report(evaluation, REPORTS / f"evaluation-of-{chosen.name}-on-{name}")
     if chosen.desk and chosen.candidate and chosen.candidate.registered:
         registry, step, means = chosen.desk.registry, chosen.candidate.step, evaluation.metrics()
@@ -68,6 +67,13 @@ def measure_checkpoint(chosen: Chosen, dataset: str | None) -> Evaluation:
             registry.record(step, {f"test-{name}/{key}": value for key, value in means.items()})
             _put_table(registry, step, name, evaluation)
     return evaluation
+
+
+def measure(network: torch.nn.Module, data: PreparedData, params: Params) -> Evaluation:
+    """On the GPU, if there is one, and in full float32: results are compared across machines, and not all have the coarser products."""
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    with computing("fp32"):
+        return evaluate(network, data, params, "test")
 
 
 def test_clips(name: str, params: Params) -> PreparedData:
