@@ -19,12 +19,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import describe
 from benchmarks.report import ROOT, show, write
+from vrt.model.block import compile_blocks
 from vrt.model.network import VRT
 from vrt.params import load_params
+from vrt.training.determinism import computing, determinism
 
 PUBLISHED = json.loads((Path(__file__).parent / "published_network.json").read_text())
 SMALL = {
@@ -58,12 +61,14 @@ class Case:
     checkpointed: bool = False
     precision: str = "fp32"
     compiled: bool = False
+    deterministic: bool = False
 
     @property
     def name(self) -> str:
         """Such as "006 train, checkpointed": what CPU rows are called in PUBLISHED."""
         parts = [f"{self.network} {'train' if self.trains else 'forward'}"]
         parts += ["checkpointed"] * self.checkpointed + [self.precision] * (self.precision != "fp32") + ["compiled"] * self.compiled
+        parts += ["deterministic"] * self.deterministic
         return ", ".join(parts)
 
 
@@ -77,8 +82,11 @@ def cases() -> list[Case]:
     rows = []
     for network, clip in (("001", (1, 6, 3, 64, 64)), ("006", (1, 6, 3, 192, 192))):
         for trains in (False, True):
-            rows += [Case(network, trains, clip, network == "006", precision) for precision in ("fp32", "tf32", "bf16")]
-            rows.append(Case(network, trains, clip, network == "006", "bf16", compiled=True))
+            # As the recipes have it: every block of 006 is computed again for its gradient.
+            checkpointed = trains and network == "006"
+            rows += [Case(network, trains, clip, checkpointed, precision) for precision in ("fp32", "tf32", "bf16")]
+            rows.append(Case(network, trains, clip, checkpointed, "bf16", compiled=True))
+        rows.append(Case(network, True, clip, network == "006", "tf32", deterministic=True))
     return rows
 
 
@@ -92,21 +100,21 @@ def build(case: Case) -> nn.Module:
 
 def work_of(case: Case, device: torch.device) -> Callable[[], None]:
     """What is timed: a forward pass without gradients, or forward, Charbonnier loss, backward and Adam."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case.precision == "tf32"
     network = build(case).to(device).train(case.trains)
-    called = torch.compile(network) if case.compiled else network
+    if case.compiled:
+        compile_blocks(network)
     clip = torch.rand(case.clip, device=device)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16) if case.precision == "bf16" else nullcontext()
     adam = torch.optim.Adam(network.parameters(), lr=4e-4, betas=(0.9, 0.99))
 
     def forward() -> None:
         with torch.no_grad(), autocast:
-            called(clip)
+            network(clip)
 
     def step() -> None:
         adam.zero_grad(set_to_none=True)
         with autocast:
-            restored = called(clip)
+            restored = network(clip)
         ((restored.float() - 0.5) ** 2 + 1e-9).sqrt().mean().backward()
         adam.step()
 
@@ -131,34 +139,53 @@ def calibration(device: torch.device) -> float:
     return seconds(lambda: a @ b, device, rounds=30, warm_up=3)
 
 
-def shares(work: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """The share of each of PARTS in the time of the operators."""
+def shares(work: Callable[[], object], device: torch.device) -> tuple[dict[str, float], float]:
+    """The share of each of PARTS in the time of the operators, and that time in seconds."""
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     with profile(activities={ProfilerActivity.CPU, activity}) as profiler:
         work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
     found = dict.fromkeys([*PARTS, "memory, element by element and the rest"], 0.0)
-    for event in profiler.key_averages():
+    # A kernel's own entry would count its time a second time.
+    for event in (event for event in profiler.key_averages() if event.device_type == DeviceType.CPU):
         part = next((part for part, names in PARTS.items() if any(name in event.key.lower() for name in names)), list(found)[-1])
         found[part] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
     total = sum(found.values())
-    return {part: value / total for part, value in found.items()}
+    return {part: value / total for part, value in found.items()}, total * 1e-6
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """One case, in this process: seconds, their ratio to the calibration measured right before and after, peak memory, and shares of time."""
+    """One case, in this process: seconds, their ratio to the calibration measured right before and after, peak memory, and shares of time;
+    "first_s" is what the first round took, with all that a compiler does.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    before, work = calibration(device), work_of(case, device)
-    found = seconds(work, device, rounds, warm_up=3 if case.compiled else 1)
+    before = calibration(device)
+    with determinism(case.deterministic), computing(case.precision):
+        work = work_of(case, device)
+        first = seconds(work, device, rounds=1, warm_up=0)
+        found = seconds(work, device, rounds, warm_up=2 if case.compiled else 0)
+        parts, operators = shares(work, device)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     reference = (before + calibration(device)) / 2
-    return {"seconds": found, "calibration_s": reference, "ratio": found / reference, "peak_MB": peak / 2**20, "shares": shares(work, device)}
+    times = {"seconds": found, "first_s": first, "operators_s": operators, "calibration_s": reference, "ratio": found / reference}
+    return times | {"peak_MB": peak / 2**20, "shares": parts}
+
+
+def measure_apart(number: int, rounds: int) -> dict[str, Any]:
+    """A case in a process of its own, so that its peak memory is its own."""
+    command = [sys.executable, "-m", "benchmarks.network", "--case", str(number), "--rounds", str(rounds)]
+    child = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 def row_of(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     ours = (name, f"{found['seconds']:.3g} s", f"{found['ratio']:.3g}", f"{found['peak_MB']:.0f} MB")
     published = PUBLISHED.get(name)
-    if torch.cuda.is_available() or published is None:
-        return (*ours, f"{1 / found['seconds']:.3g} a second", "")
+    if torch.cuda.is_available():
+        return (*ours, f"{1 / found['seconds']:.3g} a second", f"{found['operators_s'] / found['seconds']:.0%}", f"{found['first_s']:.1f} s")
+    if published is None:
+        return (*ours, "", "")
     return (*ours, f"{published['ratio'] / found['ratio']:.2f} x faster", f"{found['peak_MB'] / published['peak_MB']:.2f} of the memory")
 
 
@@ -170,13 +197,11 @@ def main() -> None:
     if args.case is not None:
         print(json.dumps(measure(cases()[args.case], args.rounds)))
         return
-    found = {}
+    found: dict[str, Any] = {}
     for number, case in enumerate(cases()):
-        command = [sys.executable, "-m", "benchmarks.network", "--case", str(number), "--rounds", str(args.rounds)]
-        child = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-        found[case.name] = json.loads(child.stdout.splitlines()[-1])
+        found[case.name] = measure_apart(number, args.rounds)
         print(*row_of(case.name, found[case.name]), sep="  ", flush=True)
-    against = ("rate", "") if torch.cuda.is_available() else ("published network", "peak memory of it")
+    against = ("rate", "GPU at work", "the first one") if torch.cuda.is_available() else ("published network", "peak memory of it")
     header = ("", "time", "in products of 2048 x 2048 matrices", "peak memory", *against)
     parts = [(name, *(f"{share:.0%}" for share in row["shares"].values())) for name, row in found.items()]
     tables = {"time and memory": [header, *(row_of(name, row) for name, row in found.items())]}
