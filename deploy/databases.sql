@@ -1,0 +1,3 @@
+-- PostgreSQL runs this once, when its volume is new.
+CREATE DATABASE mlflow;
+CREATE DATABASE prefect;
