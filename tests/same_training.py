@@ -36,12 +36,17 @@ def assert_same_bits(one, other) -> None:
         assert one == other
 
 
-def assert_same_training(one, other) -> None:
-    """The last checkpoints and the metrics history of two workspaces are bit-identical."""
+def assert_same_files(one, other) -> None:
+    """The last checkpoints of two workspaces are bit-identical, their history of metrics with them."""
     for name in ("24_G.pth", "24_E.pth", "24_optimizerG.pth"):
         first, second = (torch.load(lineage_folder(workspace) / name, weights_only=True) for workspace in (one, other))
         assert_same_bits(first, second)
     histories = [(lineage_folder(workspace) / "24_history.jsonl").read_bytes() for workspace in (one, other)]
     assert histories[0] == histories[1]
+
+
+def assert_same_training(one, other) -> None:
+    """The last checkpoints of two workspaces, and what MLflow shows of their metrics, are bit-identical."""
+    assert_same_files(one, other)
     assert metric_points(one) == metric_points(other)
     assert [step for step, _ in metric_points(one)["train/loss"]] == list(range(1, 25))

@@ -1,0 +1,28 @@
+#!/bin/sh
+# Brings back what was lost, from a folder that deploy/backup.sh made: deploy/restore.sh FOLDER mlflow|prefect|bucket
+# Only what is named; a newer copy of the other side stays as it is. docs/operations.md tells what trainings do then.
+set -eu
+folder=${1:?expected a folder that deploy/backup.sh made, found nothing: deploy/restore.sh FOLDER mlflow|prefect|bucket}
+what=${2:-nothing}
+[ -e "$folder/mlflow.dump" ] || { echo "$folder: expected a folder that deploy/backup.sh made, found no mlflow.dump in it" >&2; exit 2; }
+folder=$(cd "$folder" && pwd)
+case $what in
+mlflow | prefect)
+    docker compose stop worker "$what"
+    docker compose exec -T postgres dropdb --username postgres --if-exists --force "$what"
+    docker compose exec -T postgres createdb --username postgres "$what"
+    docker compose exec -T postgres pg_restore --username postgres --exit-on-error --dbname "$what" <"$folder/$what.dump"
+    ;;
+bucket)
+    # rclone remembers what its folders held.
+    docker compose stop worker s3
+    # Not sync, which would delete what is newer than the backup.
+    docker compose run --rm --no-deps --volume "$folder:/backup" s3 rclone copy --config /dev/null /backup/s3 /srv/s3
+    ;;
+*)
+    echo "expected mlflow, prefect or bucket, found $what: deploy/restore.sh FOLDER mlflow|prefect|bucket" >&2
+    exit 2
+    ;;
+esac
+docker compose up --detach --wait
+echo "restored $what from $folder"

@@ -1,0 +1,101 @@
+"""The servers of compose.yaml together: a flow trains on them, and outlives them."""
+
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.same_training import assert_same_files
+from tests.test_compose import PROJECT, SECRETS, read
+from tests.topology import MISSING, Topology
+
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(MISSING), reason=f"not on this machine: {', '.join(MISSING)}")]
+
+
+@pytest.fixture
+def workspace(make_workspace):
+    """The project, as it is in the image: without git, and without the session's servers."""
+    workspace = make_workspace("topology")
+    for path in ("prefect.toml", ".dvc/config.local"):
+        (workspace.root / path).unlink(missing_ok=True)
+    (workspace.root / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    shutil.copytree(PROJECT / "deploy", workspace.root / "deploy")
+    shutil.rmtree(workspace.root / ".git")
+    return workspace
+
+
+@pytest.fixture
+def topology(workspace):
+    services = read({secret: f"{secret.lower()}-of-this-test" for secret in SECRETS})["services"]
+    # Not below pytest's folder, which PostgreSQL's user can't enter.
+    with tempfile.TemporaryDirectory(prefix="topology-") as folder:
+        Path(folder).chmod(0o755)
+        topology = Topology(services, workspace.root, Path(folder))
+        try:
+            yield topology
+        finally:
+            topology.down()
+
+
+def test_a_flow_trains_on_them_while_postgresql_is_killed_under_it(topology):
+    topology.up("postgres", "s3", "mlflow", "prefect", "worker")
+    findings = {finding["subject"]: finding["state"] for finding in json.loads(topology.ask("python", "-m", "vrt", "doctor", "--json"))}
+    assert not {"wrong", "unavailable"} & set(findings.values()), findings
+    run = subprocess.Popen(topology.command("prefect", "deployment", "run", "train/vrt", "--watch"), env=topology.environment("worker"))
+    while "checkpoint 4 registered" not in topology.log("worker"):
+        assert run.poll() is None, topology.log("worker")
+        time.sleep(0.2)
+
+    topology.kill("postgres")
+    time.sleep(5)
+    topology.up("postgres")
+
+    assert run.wait(300) == 0, topology.log("worker")
+    listed = json.loads(topology.ask("python", "-m", "vrt", "checkpoints", "list", "--json"))
+    assert re.search(r"step 24 of \S+ trained and registered", topology.log("worker"))
+    assert listed
+    assert topology.stop("worker") == 0
+
+
+def train(topology, workspace, steps: int) -> str:
+    workspace.edit(train__total_steps=steps)
+    return topology.ask("python", "-m", "vrt", "train")
+
+
+def test_a_backup_brings_back_a_lost_registry_and_a_lost_bucket_and_trainings_go_on(topology, workspace, uninterrupted):
+    topology.up("postgres", "s3", "mlflow")
+    backup = topology.folder / "backup"
+    train(topology, workspace, 12)
+
+    saved = topology.run_script("deploy/backup.sh", str(backup))
+    assert saved.returncode == 0, saved.stdout
+
+    topology.run_script("docker", "compose", "exec", "-T", "postgres", "dropdb", "--username", "postgres", "--force", "mlflow")
+    topology.kill("mlflow")
+    restored = topology.run_script("deploy/restore.sh", str(backup), "mlflow")
+    assert restored.returncode == 0, restored.stdout
+    # As before an upgrade of MLflow.
+    topology.ask("sh", "-c", 'mlflow db upgrade "$MLFLOW_BACKEND_STORE_URI"', service="mlflow")
+    assert "continuing after step 12 of 16" in train(topology, workspace, 16)
+
+    # The bucket and the machine that trained are lost, the registry is not: it names a step of which nothing is left.
+    topology.ask("sh", "-c", "rm -r /srv/s3/*")
+    shutil.rmtree(workspace.root / "checkpoints")
+    restored = topology.run_script("deploy/restore.sh", str(backup), "bucket")
+    assert restored.returncode == 0, restored.stdout
+    continued = train(topology, workspace, 24)
+    assert "continuing after step 12 of 24" in continued, continued
+    assert_same_files(uninterrupted, workspace)
+
+
+def test_a_restore_of_nothing_that_is_known_says_what_there_is(topology):
+    wrong = topology.run_script("deploy/restore.sh", str(topology.folder), "mlflow")
+    assert wrong.returncode == 2 and "expected a folder that deploy/backup.sh made, found no mlflow.dump in it" in wrong.stdout
+    (topology.folder / "mlflow.dump").touch()
+    wrong = topology.run_script("deploy/restore.sh", str(topology.folder), "everything")
+    assert wrong.returncode == 2 and "expected mlflow, prefect or bucket, found everything" in wrong.stdout
