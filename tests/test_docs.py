@@ -2,11 +2,16 @@
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from vrt.cli import parser
+from vrt.model.network import VRT
+from vrt.params import load_params
+from vrt.stages.recipes import all_recipes
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -63,3 +68,47 @@ def test_every_message_that_troubleshooting_explains_is_one_of_ours():
             unknown.append(symptom)
     assert len(symptoms) > 12
     assert not unknown, unknown
+
+
+def test_the_page_of_recipes_has_them_as_they_are():
+    shown = [line for line in (PROJECT / "docs" / "recipes.md").read_text().splitlines() if line.startswith("| `")]
+    expected = [
+        f"| `{recipe.name.split('_')[0]}` | {recipe.title} | `{recipe.dataset}` | {recipe.frames} x {recipe.side} x {recipe.side} "
+        f"| {recipe.parameters / 1e6:.1f} M | {recipe.steps:,} |"
+        for recipe in all_recipes()
+    ]
+    assert shown == expected
+
+
+def test_the_walk_of_a_clip_has_the_sizes_that_the_network_gives():
+    page = (PROJECT / "docs" / "architecture.md").read_text()
+    told = {
+        name: [int(size) for size in sizes.split(" x ")]
+        for name, sizes in re.findall(r"^\| `?(\w+)`? \| (\d+(?: x \d+){3}) \|", page, flags=re.MULTILINE)
+    }
+    params = load_params(PROJECT / "recipes" / "001_videosr_bi_REDS_6frames.yaml").network
+    # Fewer blocks of each kind; none changes a size.
+    network = VRT(**params.model_dump() | {"depths": [1] * 13})
+    found = {}
+
+    def note(name: str, module, _inputs, output) -> None:
+        # The convolutions over single frames have channels first and the frames in the batch.
+        shape = output.shape[1:] if output.dim() == 5 else (output.shape[0], *output.shape[2:], output.shape[1])
+        found[name] = list(shape)
+
+    parts = {name: network.get_submodule(name) for name in told if name not in ("input", "output", "stage8")}
+    for name, module in {**parts, "stage8": network.stage8[-1]}.items():
+        module.register_forward_hook(partial(note, name))
+    clip = torch.rand(1, 6, 3, 64, 64)
+    with torch.no_grad():
+        restored = network(clip)
+    found |= {"input": [6, 64, 64, 3], "output": [restored.shape[1], *restored.shape[3:], restored.shape[2]]}
+    assert len(told) == 13
+    assert found == told
+
+
+def test_the_functions_that_the_architecture_names_are_where_it_says():
+    page = (PROJECT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`(\w+)` in \[`([\w/]+\.py)`\]", page)
+    assert len(named) >= 5
+    assert [] == [(name, path) for name, path in named if f"def {name}(" not in (PROJECT / path).read_text()]
