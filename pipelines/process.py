@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vrt import services
-from vrt.lifecycle import SECONDS_TO_SAVE
+from vrt.lifecycle import SECONDS_TO_SAVE, launchers, lost_launcher
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +27,10 @@ Logger = logging.Logger | logging.LoggerAdapter
 
 class CommandFailed(RuntimeError):
     """A command of the pipeline ended with another exit code than 0."""
+
+
+class LauncherGone(RuntimeError):
+    """The worker that launched this run died."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def run(
     logger: Logger,
     folder: Path = PROJECT,
     variables: Mapping[str, str] = {},  # noqa: B006
-    interruption: Callable[[], Exception | None] = lambda: None,
+    interruption: Callable[[], Exception | None] | None = None,
     answers: bool = False,
 ) -> Ended:
     """Run `python -m COMMAND` in `folder` as a process group of its own, each line of its output in `logger`.
@@ -61,8 +65,9 @@ def run(
     One that `answers` has its standard output kept apart, as its answer.
 
     Whatever interrupts this (a cancelled flow, Ctrl-C) stops the whole group first: with SIGTERM, so that a trainer saves.
-    So does the exception that `interruption` gives once there is a reason: it is raised.
+    So does the exception that `interruption` gives once there is a reason: it is raised. Without one it is that the launcher is gone.
     """
+    launchers()
     environment = os.environ | services.load_environment() | {"PYTHONUNBUFFERED": "1", **variables}
     # DVC runs the stages with the first `python` on the path.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
@@ -87,7 +92,7 @@ def run(
     for reader in readers:
         reader.start()
     try:
-        code = _wait(child, interruption)
+        code = _wait(child, interruption or launcher_gone)
     except BaseException as reason:
         try:
             logger.warning("stopping %s (%s): it saves first", said, str(reason) or type(reason).__name__)
@@ -98,6 +103,18 @@ def run(
         for reader in readers:
             reader.join()
     return Ended(said, code_of_stage(tail) or code if code else 0, tuple(tail), "".join(answer))
+
+
+def launcher_gone() -> LauncherGone | None:
+    """The reason to stop once a process that launched this one died, such as the worker."""
+    gone = lost_launcher(launchers())
+    if gone is None:
+        return None
+    # Its end of our output is closed: whatever is written there from now on would raise.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    return LauncherGone(f"process {gone}, which launched this run, is gone; all is saved, and the next run goes on from there")
 
 
 def _wait(child: subprocess.Popen, interruption: Callable[[], Exception | None]) -> int:

@@ -12,10 +12,10 @@ from pydantic import Field
 
 from pipelines.attempts import LONGEST_PAUSE, Attempt, End, decide, end_of, table
 from pipelines.exclusive import InUse, the_only_run_of
-from pipelines.process import run
+from pipelines.process import LauncherGone, run
 from pipelines.project import RECIPES, Project, make, plan, pull_raw_data
 from pipelines.summary import closing_page
-from pipelines.watch import LauncherGone, NotWanted, Watch, report
+from pipelines.watch import NotWanted, Watch, report
 from vrt.lifecycle import EXIT_DONE, EXIT_UNAVAILABLE, PROCESSES, RESUME
 
 Recipe = StrEnum("Recipe", {path.stem: path.stem for path in sorted(RECIPES.glob("*.yaml"))})

@@ -4,8 +4,6 @@ In a thread of its own, and every call guarded: Prefect may be gone for as long 
 """
 
 import contextvars
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +18,7 @@ from prefect.runtime import flow_run
 from prefect.states import Running
 
 from pipelines import heartbeat
-from pipelines.process import Logger
-from vrt.lifecycle import launchers, lost_launcher
+from pipelines.process import Logger, launcher_gone
 from vrt.status import TrainingStatus, read_status
 
 SECONDS_BETWEEN_LOOKS = 3.0
@@ -30,10 +27,6 @@ UNWANTED = {StateType.CANCELLING, StateType.CANCELLED}
 
 class NotWanted(RuntimeError):
     """Prefect was told to cancel this run."""
-
-
-class LauncherGone(RuntimeError):
-    """The worker that launched this run died."""
 
 
 class Watch:
@@ -50,7 +43,6 @@ class Watch:
         self._failing: set[str] = set()
 
     def __enter__(self) -> "Watch":
-        launchers()
         # Artifacts belong to the run that the context names.
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run, UUID(flow_run.id)), name="prefect watch", daemon=True)
@@ -63,16 +55,7 @@ class Watch:
         self._thread.join(2 * SECONDS_BETWEEN_LOOKS)
 
     def interruption(self) -> Exception | None:
-        if self._reason:
-            return NotWanted(self._reason)
-        gone = lost_launcher(launchers())
-        if gone is None:
-            return None
-        # Its end of our output is closed: whatever is written there from now on would raise.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
-        return LauncherGone(f"process {gone}, which launched this run, is gone; all is saved, and the next run goes on from there")
+        return NotWanted(self._reason) if self._reason else launcher_gone()
 
     def status(self) -> TrainingStatus | None:
         """What the training says of itself, if it began since this watch."""

@@ -20,16 +20,16 @@ def blocks() -> list[tuple[str, str]]:
     return re.findall(r"^```(\w*)\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def write_video(path: Path, noise: float) -> None:
-    """48 frames of a texture that moves, 64 x 64."""
+def write_video(path: Path, noise: float, frames: int = 48) -> None:
+    """Frames of a texture that moves, 64 x 64."""
     generator = np.random.default_rng(1)
     texture = generator.integers(0, 256, (16, 40, 3)).repeat(4, 0).repeat(4, 1)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=24)
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv444p"
-        for number in range(48):
-            frame = texture[:, number : number + 64] + generator.normal(0, noise, (64, 64, 3))
+        for number in range(frames):
+            frame = np.roll(texture, -number, axis=1)[:, :64] + generator.normal(0, noise, (64, 64, 3))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.clip(0, 255).astype(np.uint8), "rgb24")))
         container.mux(stream.encode())
 

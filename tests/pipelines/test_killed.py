@@ -11,6 +11,7 @@ import pytest
 
 from tests.pipelines.conftest import at_work as working
 from tests.same_training import assert_same_training
+from tests.test_tutorial import write_video
 from vrt.services import local, process, servers
 
 pytestmark = pytest.mark.long
@@ -66,6 +67,25 @@ def test_when_the_worker_is_killed_everything_saves_and_ends_and_the_next_run_co
     with another(worker):
         assert worker.settled(worker.start("train/vrt", retry_pause=0)).state_name == "Completed"
     assert_same_training(uninterrupted, worker.workspace)
+
+
+def test_when_the_worker_is_killed_while_a_video_is_restored_that_ends_too_and_the_next_run_goes_on_with_it(worker):
+    folder = worker.workspace.root
+    write_video(folder / "long.mp4", noise=30, frames=900)
+    assert worker.settled(worker.start("train/vrt", retry_pause=0)).state_name == "Completed"
+    places = {"input": str(folder / "long.mp4"), "output": str(folder / "restored.mkv")}
+    worker.start("restore/vrt", **places)
+    worker.wait_for("tiles")
+    time.sleep(8)
+    everything = worker.process.children(recursive=True)
+    (prefects,) = (child for child in worker.process.children() if "worker" in child.cmdline())
+    prefects.kill()
+    nothing_left([worker.process, *everything])
+    assert not (folder / "restored.mkv").exists()
+    assert any((folder / ".restoring-restored.mkv" / "restored").iterdir())
+    with another(worker):
+        assert worker.settled(worker.start("restore/vrt", **places)).state_name == "Completed"
+    assert (folder / "restored.mkv").stat().st_size
 
 
 def test_a_machine_that_vanished_is_found_out_and_the_next_run_is_accepted_within_two_minutes(worker, uninterrupted):
