@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 from tests.same_training import assert_same_training, lineage_folder
+from vrt.stages.together import wait_for_host
 
 BATCH = {"train__batch_size": 4}
 
@@ -93,6 +96,28 @@ def test_with_any_number_of_processes_it_is_the_same_training(make_workspace, tw
         one, other = (torch.load(lineage_folder(each) / name, weights_only=True) for each in (two_uninterrupted, workspace))
         for key in one:
             torch.testing.assert_close(other[key], one[key], rtol=0, atol=5e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_a_machine_that_comes_first_waits_for_the_one_where_all_meet():
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    meet = f"127.0.0.1:{port}"
+    with pytest.raises(ValueError, match=f"--meet {meet}: nothing answered there for 0 s .*start the same command on the machine that has"):
+        wait_for_host(meet, 0)
+
+    opened = threading.Event()
+
+    def open_late() -> None:
+        time.sleep(0.5)
+        with socket.create_server(("127.0.0.1", port)) as late:
+            opened.set()
+            late.accept()[0].close()
+
+    late = threading.Thread(target=open_late)
+    late.start()
+    wait_for_host(meet, 60)
+    assert opened.is_set()
+    late.join()
 
 
 def test_what_several_processes_can_not_do_is_said_once(make_workspace):

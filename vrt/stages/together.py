@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from vrt.params import Params, load_params, with_resume
 from vrt.stages import PREPARED
 
 SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_TO_MEET = 600.0
+"""As long as torchrun, on the machine where all meet, waits for the others."""
 
 
 def train_together(params_path: Path, resume: str | None, processes: int | str | None, machines: int, meet: str | None) -> int | None:
@@ -45,6 +48,8 @@ def train_together(params_path: Path, resume: str | None, processes: int | str |
         where = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", meet, "--rdzv-id", params.name]
         # torchrun knows its machine by name only, not by its addresses.
         where += ["--local-addr", here.address, "--rdzv-conf", f"is_host={here.is_meeting_point}"]
+        if not here.is_meeting_point:
+            wait_for_host(meet, SECONDS_TO_MEET)
     log.info("training with %d processes%s", count * machines, f" on {machines} machines" if machines > 1 else "")
     told = ["--params", str(params_path), *(["--resume", resume] if resume else [])]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *where]
@@ -90,6 +95,26 @@ def on_the_way_to(meet: str) -> Interface:
             return _interface_of(probe.getsockname()[0], address[0])
     except OSError as error:
         raise ValueError(f"--meet {meet}: this machine knows no way there ({error.strerror}); expected an address that all machines reach") from None
+
+
+def wait_for_host(meet: str, patience: float) -> None:
+    """Until something answers at HOST:PORT, for which torchrun itself would wait a minute. Raises ValueError after `patience` seconds."""
+    host, _, port = meet.rpartition(":")
+    ends, said = time.monotonic() + patience, False
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=2).close()
+            return
+        except OSError as error:
+            if time.monotonic() > ends:
+                raise ValueError(
+                    f"--meet {meet}: nothing answered there for {patience:.0f} s ({error}); start the same command on the machine that has "
+                    "this address, then here again"
+                ) from None
+        if not said:
+            log.info("waiting for the machine with %s", meet)
+            said = True
+        time.sleep(1)
 
 
 def _interface_of(address: str, meet: str) -> Interface:
