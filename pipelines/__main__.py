@@ -16,6 +16,7 @@ POOL = "vrt"
 
 
 def main() -> int:
+    """Deploy everything in prefect.yaml and work for it, until told to end. Returns the worker's exit code, 0 where it was told."""
     os.environ.update(services.load_environment())
     os.chdir(PROJECT)
     _prefect("work-pool", "create", POOL, "--type", "process", "--overwrite")

@@ -24,6 +24,7 @@ def ensure() -> None:
 
 
 def automation() -> Automation:
+    """A run that beat once and is silent for SILENCE, and has not ended, is set to Crashed."""
     beat = "prefect.flow-run.heartbeat"
     trigger = EventTrigger(
         after={beat},

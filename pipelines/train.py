@@ -31,11 +31,13 @@ class GivenUp(RuntimeError):
 
 @task(name="pull data", cache_policy=NO_CACHE)
 def pull() -> None:
+    """Fetch raw data that people added."""
     pull_raw_data(get_run_logger())
 
 
 @task(name="prepare data", cache_policy=NO_CACHE)
 def prepare(project: Project) -> None:
+    """Pack the clips, where that is stale."""
     # --pull: what another machine made already and nothing changed since is fetched, not made again.
     run(["dvc", "repro", "--pull", "prepare"], get_run_logger(), project.folder).check()
 
@@ -92,6 +94,7 @@ def _pause(seconds: float, watch: Watch) -> None:
 
 @task(name="evaluate", cache_policy=NO_CACHE)
 def evaluate(project: Project) -> None:
+    """Measure the trained model on the test clips, where that is stale."""
     run(["dvc", "repro", "--pull", "evaluate"], get_run_logger(), project.folder).check()
 
 
@@ -107,6 +110,7 @@ def verify(project: Project) -> list[dict[str, Any]]:
 
 @task(name="push data and models", cache_policy=NO_CACHE, retries=len(PAUSES), retry_delay_seconds=PAUSES)
 def push(project: Project) -> None:
+    """Keep data and model in DVC's remote."""
     run(["dvc", "push"], get_run_logger(), project.folder).check()
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ class Image:
     entrypoint: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
     health: tuple[str, ...] = ()
-    stop_signal: str = "SIGTERM"
+    stop_signal: signal.Signals = signal.SIGTERM
 
     def start(self, *command: str, **options) -> subprocess.Popen:
         """Run `command`, or the image's own, as process 1 of a container that has no network but its own loopback."""
@@ -72,7 +73,7 @@ def build(dockerfile: Path, bases: Mapping[str, Path], folder: Path, arguments: 
     for step in DockerfileParser(str(dockerfile)).structure:
         kind, value = step["instruction"], step["value"]
         match kind:
-            case "COMMENT":
+            case "COMMENT" | "LABEL":
                 pass
             case "FROM":
                 source, _, name = value.partition(" AS ")
@@ -100,9 +101,7 @@ def build(dockerfile: Path, bases: Mapping[str, Path], folder: Path, arguments: 
             case "HEALTHCHECK":
                 image = replace(image, health=_words(value.partition("CMD ")[2]))
             case "STOPSIGNAL":
-                image = replace(image, stop_signal=value)
-            case "LABEL":
-                pass
+                image = replace(image, stop_signal=signal.Signals[value])
             case _:
                 raise ValueError(f"{dockerfile} line {step['startline'] + 1}: {kind} is not understood here")
         stages[image.root.name] = image

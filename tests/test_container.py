@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -91,11 +90,11 @@ def told(image: Image, script: str, log: Path, until: str) -> subprocess.Popen:
     return container
 
 
-def stop(container: subprocess.Popen) -> int:
+def stop(container: subprocess.Popen, image: Image) -> int:
     """As `docker stop` does; returns the exit code of the container."""
     (first,) = psutil.Process(container.pid).children()
     assert first.cmdline()[0] == "tini"
-    first.send_signal(signal.SIGTERM)
+    first.send_signal(image.stop_signal)
     return container.wait(120)
 
 
@@ -118,12 +117,12 @@ def test_told_to_stop_a_container_saves_what_it_trains_and_asks_to_be_continued(
     health = " ".join(image.health)
     script = f"vrt services up && {health} && vrt prepare && exec vrt train"
     container = told(image, script, log, "checkpoint 1 registered")
-    assert stop(container) == 75, log.read_text()
+    assert stop(container, image) == 75, log.read_text()
     assert "received SIGTERM" in log.read_text()
     saved = re.search(r"stopping after step (\d+)", log.read_text())[1]
 
     again = told(image, script, log, f"continuing after step {saved} of")
-    assert stop(again) == 75, log.read_text()
+    assert stop(again, image) == 75, log.read_text()
 
 
 @pytest.mark.long
@@ -131,4 +130,4 @@ def test_told_to_stop_a_container_saves_what_it_trains_and_asks_to_be_continued(
 def test_the_images_own_command_serves_the_deployments_and_ends_when_told(image: Image, tmp_path: Path):
     log = tmp_path / "log"
     container = told(image, f"vrt services up && exec {' '.join(image.command)}", log, "this works for them until Ctrl-C")
-    assert stop(container) == 0, log.read_text()
+    assert stop(container, image) == 0, log.read_text()

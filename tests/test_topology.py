@@ -46,6 +46,8 @@ def test_a_flow_trains_on_them_while_postgresql_is_killed_under_it(topology):
     topology.up("postgres", "s3", "mlflow", "prefect", "worker")
     findings = {finding["subject"]: finding["state"] for finding in json.loads(topology.ask("python", "-m", "vrt", "doctor", "--json"))}
     assert not {"wrong", "unavailable"} & set(findings.values()), findings
+    # The health check of the image, with the worker's environment.
+    assert "MLflow" in topology.ask("python", "-m", "vrt", "services", "status", "--given")
     run = subprocess.Popen(topology.command("prefect", "deployment", "run", "train/vrt", "--watch"), env=topology.environment("worker"))
     while "checkpoint 4 registered" not in topology.log("worker"):
         assert run.poll() is None, topology.log("worker")

@@ -1,3 +1,5 @@
+"""`python -m vrt`."""
+
 import sys
 
 from vrt.cli import main

@@ -57,6 +57,7 @@ def _is_ours_to_fix(error: Exception) -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
+    """All commands and their options; each sets `run`, which takes what was parsed and returns an exit code."""
     top = argparse.ArgumentParser(prog="vrt", description="Train VRT so that nothing is lost, whatever is killed.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     from vrt.data.cli import add_parser as add_data

@@ -90,6 +90,8 @@ Degradation = Annotated[Noise | Bicubic | BlurDown | MotionBlur | Recorded | Bet
 
 
 class Data(Section):
+    """Which clips, and how they come to the trainer."""
+
     dataset: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The folder below `data/raw/`, made by `vrt data import` or shipped (`quickstart`)."""
     workers: NotNegative
@@ -184,6 +186,8 @@ class Optimizer(Section):
 
 
 class Train(Section):
+    """How long, on what and how a training computes."""
+
     total_steps: Positive
     batch_size: Positive
     """Clips per step, over all processes together."""
@@ -252,6 +256,8 @@ class Checkpoints(Section):
 
 
 class Evaluate(Section):
+    """How test clips go through the network, and what of the result counts."""
+
     tile: tuple[Positive, Positive, Positive]
     """Frames, height and width of the input that is restored at once; with `between`, the frames that are made at once."""
     overlap: tuple[NotNegative, NotNegative, NotNegative]
@@ -267,6 +273,8 @@ class Evaluate(Section):
 
 
 class Params(Section):
+    """A whole params file, every key given."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """What the training is called: its MLflow runs and its registered model `vrt-NAME`."""
     seed: NotNegative

@@ -44,6 +44,14 @@ def test_status_is_1_where_a_given_service_does_not_answer(vrt, capsys):
     assert "not answering, given by the environment" in capsys.readouterr().out
 
 
+def test_only_given_services_can_be_looked_at(vrt, all_given_alive, capsys, monkeypatch):
+    # The local S3 server is down, which is nobody's business in a container.
+    assert vrt("status", "--given") == 0
+    assert "Prefect" in (out := capsys.readouterr().out) and "S3" not in out
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    assert vrt("status", "--given") == 1
+
+
 def test_the_table_says_what_is_up_where(vrt, all_given_alive, s3_home, capsys):
     vrt("up")
     out = capsys.readouterr().out

@@ -78,6 +78,7 @@ class Claim:
 
 
 def name_of(token: int) -> str:
+    """What the claim with this token is kept under; names sort as tokens do."""
     return f"{token:08d}"
 
 

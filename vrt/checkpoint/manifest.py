@@ -14,6 +14,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class FileEntry:
+    """A file of a checkpoint: its size in bytes and its digest in hexadecimal."""
+
     name: str
     size: int
     sha256: str
@@ -76,6 +78,7 @@ class Manifest:
 
 
 def manifest_name(step: int) -> str:
+    """The file that makes the files of a step a checkpoint."""
     return f"{step}_manifest.json"
 
 

@@ -5,6 +5,8 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
+    """What a resume policy asks for; `step` and `fork` come with a place."""
+
     AUTO = "auto"
     MUST = "must"
     NEVER = "never"

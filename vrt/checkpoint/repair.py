@@ -51,6 +51,8 @@ class Verified:
 
 
 class Mend(StrEnum):
+    """What makes a step whole again, in words for people."""
+
     NOTHING = "nothing to do"
     FETCH = "restore the local files from the store"
     PUBLISH = "restore the store's objects from the local files"

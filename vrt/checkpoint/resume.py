@@ -50,6 +50,8 @@ class Candidate:
 
 
 class State(StrEnum):
+    """How one side's copy of a checkpoint is."""
+
     HEALTHY = "healthy"
     MISSING = "missing"
     DAMAGED = "damaged"
@@ -85,12 +87,16 @@ class Evidence:
 
 
 class Source(StrEnum):
+    """The side that a checkpoint is taken from."""
+
     LOCAL = "local"
     STORE = "store"
 
 
 @dataclass(frozen=True)
 class Rejection:
+    """A step that a training can't go on from, and all that is wrong with it."""
+
     step: int
     problems: tuple[str, ...]
 

@@ -20,6 +20,8 @@ AGE_OF_LEFTOVERS = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Verdict:
+    """Whether a registered step stays."""
+
     step: int
     keep: bool
     reason: str
@@ -60,6 +62,8 @@ def retain(registered: Iterable[Registered], policy: Checkpoints, damaged: Colle
 
 
 class Unregister(Protocol):
+    """The registry, as far as deleting goes."""
+
     def registered(self) -> dict[int, Registered]: ...
     def unregister(self, step: int) -> None: ...
 

@@ -44,6 +44,8 @@ class Foreground(Section):
 
 
 class SyntheticSplit(Section):
+    """How many clips of a split are made of which parts of the photographs; sizes in frames and pixels."""
+
     clips: Positive
     frames: Positive
     height: Positive
@@ -53,6 +55,8 @@ class SyntheticSplit(Section):
 
 
 class SyntheticSplits(Section):
+    """One of each kind; their regions should not overlap, or the test knows what was trained on."""
+
     train: SyntheticSplit
     val: SyntheticSplit
     test: SyntheticSplit

@@ -165,6 +165,7 @@ def _promised_seconds(stream: av.VideoStream) -> Fraction:
 
 
 def has_alpha(frame: av.VideoFrame) -> bool:
+    """Whether a frame can have transparent pixels."""
     return any(component.is_alpha for component in frame.format.components)
 
 

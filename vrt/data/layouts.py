@@ -40,6 +40,8 @@ class SourceClip:
 
 @dataclass(frozen=True)
 class Layout:
+    """How a published data set, or clips of one's own, lie in a folder."""
+
     title: str
     folders: str
     """What the folder to import holds."""

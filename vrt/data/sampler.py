@@ -25,6 +25,8 @@ STREAM = 0x_DA7A
 
 @dataclass(frozen=True)
 class Batch:
+    """What a step trains on: this process's share of it."""
+
     degraded: Tensor
     """(B, D, C, h, w) float32. C is 3, or 4 with the noise level (sigma / 255, constant) last. Noise may leave [0, 1]."""
     truth: Tensor

@@ -93,6 +93,7 @@ def lmdb_images(source: LmdbClip) -> Iterator[tuple[str, bytes]]:
 
 
 def lmdb_names(source: LmdbClip) -> list[str]:
+    """The file names of a clip's frames, as the list in its LMDB has them. Raises DataError where that can't be read."""
     return _meta_info(source.lmdb)[source.clip]
 
 

@@ -19,22 +19,25 @@ _SECRETS = ("AWS_SECRET_ACCESS_KEY",)
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `vrt services`."""
     parser = subparsers.add_parser("services", help="start, show and stop the local MLflow, Prefect and S3 servers", description=_DESCRIPTION)
     parser.set_defaults(run=run)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("up", help="start what is not running; does nothing where all is up")
     status = actions.add_parser("status", help="say what is up where; exit code 1 unless all is up")
     status.add_argument("--json", action="store_true", help="for programs")
+    status.add_argument("--given", action="store_true", help="look only at those that the environment names, as a container's health check does")
     actions.add_parser("down", help="stop what runs here; data stays")
     actions.add_parser("env", help='print variables for a shell: eval "$(vrt services env)"')
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do what `vrt services` was told. Returns an exit code."""
     match args.action:
         case "up":
             return _show(local.up())
         case "status":
-            return _show(local.status(), as_json=args.json)
+            return _show([service for service in local.status() if service.given or not args.given], as_json=args.json)
         case "down":
             return _down()
         case _:

@@ -38,6 +38,7 @@ class State:
 
 
 def new_state(ports: Mapping[str, int]) -> State:
+    """Ports, and keys that nobody had before."""
     return State(dict(ports), ACCESS_KEY_PREFIX + secrets.token_hex(8), secrets.token_urlsafe(30))
 
 

@@ -95,6 +95,8 @@ def verify_all(desk: Desk, chosen: Sequence[Candidate]) -> list[Verified]:
 
 @dataclass(frozen=True)
 class Repaired:
+    """What was to be done for a step."""
+
     step: int
     what: Mend
     failure: str

@@ -16,6 +16,7 @@ current folder, or of another one (--lineage). Exit code 0: all is well; 1: prob
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `vrt checkpoints`."""
     parser = subparsers.add_parser("checkpoints", help="list, verify, repair, fetch and prune checkpoints", description=_DESCRIPTION)
     parser.set_defaults(run=run)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")

@@ -37,6 +37,8 @@ SECONDS_TO_ANSWER = 5
 
 @dataclass(frozen=True)
 class Finding:
+    """What was found of one thing that a training needs, and how to mend it."""
+
     subject: str
     state: Literal["ok", "warning", "wrong", "unavailable"]
     """A training starts in spite of a warning; `unavailable` may mend itself."""
@@ -62,11 +64,13 @@ def run_doctor(params_path: Path, as_json: bool) -> int:
 
 
 def verdict(findings: list[Finding]) -> int:
+    """The exit code that findings amount to."""
     states = {finding.state for finding in findings}
     return EXIT_BAD_INPUT if "wrong" in states else EXIT_UNAVAILABLE if "unavailable" in states else EXIT_DONE
 
 
 def processor(params: Params) -> Finding:
+    """The GPU, or that there is none; and one that torch can't use."""
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         found = f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}, torch {torch.__version__}"
@@ -101,6 +105,7 @@ def checkpoint_bytes(params: Params) -> int:
 
 
 def data(params: Params) -> Finding:
+    """The data set of the params file: here, prepared, and large enough for them."""
     name = params.data.dataset
     if not PREPARED.exists():
         if (RAW / name / "dataset.yaml").exists():
@@ -117,6 +122,7 @@ def data(params: Params) -> Finding:
 
 
 def mlflow(params: Params) -> Finding:
+    """Whether MLflow answers and has room for the training."""
     registry = Curator(lineage_named(f"{params.name}-0"))
     try:
         address = registry.home()
@@ -128,6 +134,7 @@ def mlflow(params: Params) -> Finding:
 
 
 def s3(params: Params) -> Finding:
+    """The bucket of MLflow's artifacts, by writing, listing, reading and deleting."""
     try:
         address = Curator(lineage_named(f"{params.name}-0")).home()
     except (StoreUnavailable, CheckpointError):
@@ -136,6 +143,7 @@ def s3(params: Params) -> Finding:
 
 
 def remote(params: Params) -> Finding:
+    """The same for DVC's remote."""
     try:
         with dvc_remote(Path.cwd()) as found:
             if found is None:
@@ -181,6 +189,7 @@ def clock(params: Params) -> Finding:
 
 
 def prefect(params: Params) -> Finding:
+    """Whether Prefect answers; a training can do without."""
     address = os.environ.get("PREFECT_API_URL")
     if not address:
         return Finding("Prefect", "warning", "no address", "only deployments need it: `vrt services up`, or set PREFECT_API_URL")
@@ -194,6 +203,8 @@ def prefect(params: Params) -> Finding:
 
 
 def git(params: Params) -> Finding:
+    """The commit that runs will name; a training can do without."""
+
     def asked(*words: str) -> str | None:
         ended = subprocess.run(["git", *words], capture_output=True, text=True, check=False) if shutil.which("git") else None
         return ended.stdout.strip() if ended and ended.returncode == 0 else None
@@ -209,6 +220,7 @@ CHECKS: tuple[Check, ...] = (processor, disk, data, mlflow, s3, remote, clock, p
 
 
 def show(findings: list[Finding]) -> None:
+    """Findings as a table, and below it whether a training can start."""
     table = Table("", "found", "to mend it", show_lines=False)
     styles = {"ok": "green", "warning": "yellow", "wrong": "bold red", "unavailable": "bold red"}
     for finding in findings:

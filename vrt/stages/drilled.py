@@ -61,6 +61,7 @@ class Spoken:
 
 
 def read_log(text: str) -> Spoken:
+    """What an attempt's log says of how it began and was killed."""
     continued = re.search(r"continuing after step (\d+)", text)
     fresh = "starting at step 1" in text
     killed = re.search(rf"{KILLED} after (\d+) steps", text)

@@ -50,6 +50,8 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class VideoTarget:
+    """A video that is made piece by piece: each a file of its own until all are there."""
+
     footage: Footage
     suffix: str
     sound: Path
@@ -76,6 +78,8 @@ class VideoTarget:
 
 @dataclass(frozen=True)
 class PictureTarget:
+    """A folder of pictures."""
+
     names: Sequence[str]
     """One for each frame, without ending."""
 

@@ -20,6 +20,8 @@ from vrt.stages.selector import Chosen
 
 
 class Making(Protocol):
+    """What is made of a source's frames, by which network."""
+
     network: nn.Module
     size: Size
     """Frames, height and width of what goes into the network."""

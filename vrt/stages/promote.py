@@ -39,6 +39,7 @@ def judge(candidate: str, measured: float, champion: str | None, to_beat: float 
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `vrt promote`."""
     told = "make a checkpoint the champion, if it beats the present one on the same test clips"
     parser = subparsers.add_parser(
         "promote", help=told, description=f"{told}. Exit code 0: it is the champion (or would be); {EXIT_NOT_BETTER}: it is not better."

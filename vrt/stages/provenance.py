@@ -64,6 +64,7 @@ def code_version() -> str:
 
 
 def without_credentials(remote: str) -> str:
+    """The address of a remote without the user and password that it may hold."""
     parts = urlsplit(remote)
     if not parts.hostname or "@" not in parts.netloc:
         return remote

@@ -52,6 +52,7 @@ def all_recipes() -> list[Recipe]:
 
 
 def describe(path: Path) -> Recipe:
+    """A recipe, by its file. Raises ParamsError where that is no params file."""
     params = load_params(path)
     return Recipe(
         name=path.stem,
@@ -67,6 +68,7 @@ def describe(path: Path) -> Recipe:
 
 
 def has_dataset(params: Params) -> bool:
+    """Whether the data set of a params file was brought in."""
     return (RAW / params.data.dataset / "dataset.yaml").is_file()
 
 

@@ -18,6 +18,7 @@ LONGEST = 60
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `vrt reproduce`."""
     told = "check out code, params and data of a training, and say what differs from here"
     parser = subparsers.add_parser("reproduce", help=told, description=told)
     parser.add_argument("training", metavar="RUN", help="the id of its run in MLflow, or its lineage (NAME-FINGERPRINT)")

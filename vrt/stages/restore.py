@@ -33,6 +33,8 @@ class Output:
 
 @dataclass(frozen=True)
 class Outputs:
+    """All that one restoration makes."""
+
     restored: Output
     preview: Output | None
 
@@ -81,6 +83,7 @@ def run_restore(source_path: Path, target_path: Path, checkpoint: str, params_pa
 
 
 def preview_path(target_path: Path) -> Path:
+    """Where input and result are shown side by side."""
     return target_path.with_name(f"{target_path.stem}-preview{target_path.suffix}")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `vrt restore`."""
     told = "restore a video, or a folder of pictures; a network for frames in between doubles their number"
     parser = subparsers.add_parser(
         "restore", help=told, description=f"{told}. Interrupted, it goes on where it stopped when it is run again (exit code 75)."

@@ -79,6 +79,7 @@ class Interface(NamedTuple):
 
 
 def loopback() -> Interface:
+    """The interface of a machine that trains alone."""
     return _interface_of("127.0.0.1", "127.0.0.1")
 
 

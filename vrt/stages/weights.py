@@ -7,6 +7,7 @@ from vrt.lifecycle import EXIT_DONE
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add `vrt weights`."""
     weights = commands.add_parser("weights", help="convert network weights between .pth and .safetensors")
     actions = weights.add_subparsers(dest="action", required=True, metavar="ACTION")
     convert = actions.add_parser("convert", help="write the same weights in the form that the new name asks for")

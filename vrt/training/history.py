@@ -12,6 +12,8 @@ Row = dict[str, float]
 
 
 class History:
+    """All metrics of a training so far, by step; part of each checkpoint, so that a training that moves keeps its curves."""
+
     def __init__(self, rows: Iterable[Row] = ()):
         self._rows: dict[int, Row] = {int(row["step"]): dict(row) for row in rows}
 

@@ -47,6 +47,8 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Validation:
+    """How good the network is on the validation clips, in numbers and to look at."""
+
     metrics: dict[str, float]
     """Such as {"psnr": 31.2, "ssim": 0.91}."""
     preview: bytes
@@ -162,6 +164,8 @@ def save_what_is_whole(params: Params, state: TrainingState, checkpoints: Checkp
 
 
 class Due(NamedTuple):
+    """What is to be done after a step."""
+
     log: bool
     validate: bool
     save: bool
