@@ -71,7 +71,7 @@ def test_when_the_worker_is_killed_everything_saves_and_ends_and_the_next_run_co
 
 def test_when_the_worker_is_killed_while_a_video_is_restored_that_ends_too_and_the_next_run_goes_on_with_it(worker):
     folder = worker.workspace.root
-    write_video(folder / "long.mp4", noise=30, frames=900)
+    write_video(folder / "long.mp4", noise=30, frames=200)
     assert worker.settled(worker.start("train/vrt", retry_pause=0)).state_name == "Completed"
     places = {"input": str(folder / "long.mp4"), "output": str(folder / "restored.mkv")}
     worker.start("restore/vrt", **places)
