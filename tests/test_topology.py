@@ -95,6 +95,44 @@ def test_a_backup_brings_back_a_lost_registry_and_a_lost_bucket_and_trainings_go
     assert_same_files(uninterrupted, workspace)
 
 
+def test_beside_trainings_that_save_all_the_while_what_was_registered_is_backed_up(topology, workspace):
+    topology.up("postgres", "s3", "mlflow")
+    workspace.edit(train__total_steps=100_000, train__checkpoint_every=1, checkpoints__keep_last=3)
+    training = begun(topology, "training", "python", "-m", "vrt", "train")
+    while "checkpoint 4 registered" not in topology.log("training"):
+        assert training.poll() is None, topology.log("training")
+        time.sleep(0.2)
+    # What the S3 server does with a large upload; those of the training are done in a moment, which the copy would hardly ever meet.
+    grow = "cd /srv/s3/mlflow && truncate --size 500M large && while sleep 0.01; do head -c 10000 /dev/zero; done >>large"
+    uploading = begun(topology, "uploading", "sh", "-c", grow, service="s3")
+    before = newest_registered(topology)
+
+    saved = topology.run_script("deploy/backup.sh", str(topology.folder / "backup"))
+
+    assert saved.returncode == 0, saved.stdout
+    assert uploading.poll() is None and training.poll() is None, "nothing was shown: they did not last as long as the backup"
+    for process in (uploading, training):
+        process.kill()
+        process.wait()
+    topology.ask("sh", "-c", "rm -r /srv/s3/*")
+    shutil.rmtree(workspace.root / "checkpoints")
+    for lost in ("bucket", "mlflow"):
+        restored = topology.run_script("deploy/restore.sh", str(topology.folder / "backup"), lost)
+        assert restored.returncode == 0, restored.stdout
+    continued = train(topology, workspace, steps=newest_registered(topology) + 1)
+    assert before <= int(re.search(r"continuing after step (\d+)", continued)[1]), continued
+
+
+def begun(topology, name: str, *words: str, service: str = "worker") -> subprocess.Popen:
+    """A command that was started with the environment of a service; `name` is its log."""
+    with (topology.folder / f"{name}.log").open("w") as log:
+        return subprocess.Popen(topology.command(*words), env=topology.environment(service), stdout=log, stderr=subprocess.STDOUT)
+
+
+def newest_registered(topology) -> int:
+    return max(map(int, re.findall(r"checkpoint (\d+) registered", topology.log("training"))))
+
+
 def test_a_restore_of_nothing_that_is_known_says_what_there_is(topology):
     wrong = topology.run_script("deploy/restore.sh", str(topology.folder), "mlflow")
     assert wrong.returncode == 2 and "expected a folder that deploy/backup.sh made, found no mlflow.dump in it" in wrong.stdout

@@ -116,11 +116,10 @@ class Topology:
                 self.up(*(name for name in self.services if name not in self.running))
             case "exec", "-T", "postgres", *command:
                 return self.command("env", "PGHOST=/tmp", *command), self.environment("postgres")
-            case "run", *options, "s3", "rclone", action, "--config", "/dev/null", source, target:
-                (volume,) = (after for word, after in zip(options, options[1:]) if word == "--volume")
-                folder, place = volume.split(":")
-                paths = [path.replace(place, folder, 1) for path in (source, target)]
-                return self.command("rclone", action, "--config", "/dev/null", *paths), self.environment("s3")
+            case "run", *words if "s3" in words:
+                options, command = words[: words.index("s3")], words[words.index("s3") + 1 :]
+                folder, place = options[options.index("--volume") + 1].split(":")
+                return self.command(*(word.replace(place, folder, 1) for word in command)), self.environment("s3")
             case _:
                 raise ValueError(f"not known here: docker {' '.join(words)}")
         return ["true"], {}
