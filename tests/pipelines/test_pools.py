@@ -1,19 +1,26 @@
 """The templates of work pools for Docker and Kubernetes: what both take, and what a run in a pod does when its node is taken away."""
 
+import asyncio
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import kubernetes_validate
-import prefect
 import psutil
 import pytest
-from prefect.utilities.templating import apply_values
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.workers.base import BaseJobConfiguration
+from prefect_docker.worker import DockerWorkerJobConfiguration
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+from ruamel.yaml import YAML
 
 from tests.pipelines.conftest import Worker
 from tests.pipelines.conftest import at_work as working
@@ -21,8 +28,8 @@ from tests.same_training import assert_same_training
 from vrt.lifecycle import SECONDS_TO_SAVE
 
 PROJECT = Path(__file__).parents[2]
-KINDS = ["docker", "kubernetes"]
-PUBLISHED = Path(prefect.__file__).parent / "server/api/collections_data/views/aggregate-worker-metadata.json"
+WORKERS = {"docker": DockerWorkerJobConfiguration, "kubernetes": KubernetesWorkerJobConfiguration}
+KINDS = list(WORKERS)
 KUBERNETES = "1.31"
 
 
@@ -34,19 +41,17 @@ def template(kind: str) -> dict[str, Any]:
     return json.loads(path_of(kind).read_text())
 
 
-def defaults(kind: str) -> dict[str, Any]:
-    """What a run gets whose deployment sets nothing, with the values that a worker makes up."""
-    given = {"name": "run", "labels": {"prefect.io/flow-run-id": "1"}, "command": ["prefect", "flow-run", "execute"]}
-    return {name: of.get("default", given.get(name)) for name, of in template(kind)["variables"]["properties"].items()}
+@pytest.fixture
+def configured(services) -> Callable[[str], BaseJobConfiguration]:
+    """Makes what a worker makes of a template for a run whose deployment sets nothing."""
 
+    def make(kind: str) -> BaseJobConfiguration:
+        with temporary_settings({PREFECT_API_URL: services["PREFECT_API_URL"]}):
+            configuration = asyncio.run(WORKERS[kind].from_template_and_values(base_job_template=template(kind), values={}))
+        configuration.prepare_for_flow_run(FlowRun(flow_id=uuid4(), name="run"))
+        return configuration
 
-def manifest() -> dict[str, Any]:
-    """The job of such a run."""
-    found = apply_values(template("kubernetes")["job_configuration"]["job_manifest"], defaults("kubernetes"))
-    # As the worker puts it.
-    container = found["spec"]["template"]["spec"]["containers"][0]
-    container["env"] = [{"name": name, "value": value} for name, value in container["env"].items()]
-    return found
+    return make
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,28 +67,33 @@ def test_every_variable_is_used_every_use_is_one_and_the_worker_knows_every_sett
     found = template(kind)
     used = set(re.findall(r"\{\{ (\w+) \}\}", json.dumps(found["job_configuration"])))
     assert used == set(found["variables"]["properties"])
-    published = json.loads(PUBLISHED.read_text())[f"prefect-{kind}"][kind]["default_base_job_configuration"]["job_configuration"]
-    # Newer than the list that comes with Prefect's server.
-    assert set(found["job_configuration"]) <= set(published) | {"container_create_kwargs"}
+    assert set(found["job_configuration"]) <= set(WORKERS[kind].model_fields)
 
 
-def test_the_job_is_one_that_kubernetes_takes():
-    kubernetes_validate.validate(manifest(), KUBERNETES, strict=True)
-    wrong = manifest()
-    wrong["spec"]["template"]["spec"]["tolerance"] = []
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_beats_as_one_of_the_process_pool_does(kind: str, configured):
+    deployed = YAML(typ="safe").load((PROJECT / "prefect.yaml").read_text())["definitions"]["work"]["job_variables"]["env"]
+    assert deployed.items() <= configured(kind).env.items()
+
+
+def test_the_job_is_one_that_kubernetes_takes(configured):
+    manifest = configured("kubernetes").job_manifest
+    kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    manifest["spec"]["template"]["spec"]["tolerance"] = []
     with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
 
 
-def test_a_pod_has_a_gpu_shared_memory_time_to_save_and_no_secret_of_its_own():
-    pod = manifest()["spec"]["template"]["spec"]
+def test_a_pod_has_a_gpu_shared_memory_time_to_save_and_no_secret_of_its_own(configured):
+    pod = configured("kubernetes").job_manifest["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert pod["volumes"][0]["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
     assert container["volumeMounts"] == [{"name": "shared-memory", "mountPath": "/dev/shm"}]
     assert pod["terminationGracePeriodSeconds"] > 2 * SECONDS_TO_SAVE
     assert container["envFrom"] == [{"secretRef": {"name": "vrt-servers"}}]
-    assert [variable["name"] for variable in container["env"]] == ["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"]
+    # Of a worker's own settings Prefect hands on its own.
+    assert all(variable["name"].startswith("PREFECT_") for variable in container["env"])
 
 
 @pytest.mark.long
@@ -95,7 +105,7 @@ def test_a_run_whose_pod_is_told_to_end_saves_is_scheduled_again_and_completes(m
         worker.prefect("work-pool", "create", pool, "--type", "kubernetes", "--base-job-template", str(path_of("kubernetes")))
         worker.prefect("--no-prompt", "deploy", "pipelines/train.py:train", "--name", "pod", "--pool", pool)
         run = worker.start("train/pod", retry_pause=0)
-        environment = {**workspace.environment, **defaults("kubernetes")["env"], "PREFECT__FLOW_RUN_ID": run}
+        environment = {**workspace.environment, **template("kubernetes")["variables"]["properties"]["env"]["default"], "PREFECT__FLOW_RUN_ID": run}
         states = []
         for told in (True, False):
             pod = pod_of(workspace, environment)
