@@ -1,7 +1,10 @@
 """compose.yaml: what the Compose specification allows, and what its services need of each other."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,19 @@ PROJECT = Path(__file__).parents[1]
 COMPOSE, EXAMPLE = PROJECT / "compose.yaml", PROJECT / ".env.example"
 SECRETS = {"POSTGRES_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY"}
 DEFINITION = r"\$\{(\w+)(?::?-([^}]*)|:\?([^}]*))?\}"
+
+
+def docker_compose(folder: Path, values: dict[str, str], *words: str) -> subprocess.CompletedProcess:
+    """Run `docker compose` on the project, with `values` as its .env."""
+    filled_in = folder / "values"
+    filled_in.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
+    environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "DOCKER_CONFIG")}
+    command = ["docker", "compose", "--project-directory", str(PROJECT), "--env-file", str(filled_in), *words]
+    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+
+
+HAS_COMPOSE = shutil.which("docker") and not subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode
+needs_compose = pytest.mark.skipif(not HAS_COMPOSE, reason="not on this machine: `docker compose`, which needs no engine for this")
 
 
 def with_values(text: str, values: dict[str, str]) -> str:
@@ -41,6 +57,22 @@ def test_it_is_what_the_specification_allows(name: str):
 def test_the_specification_is_really_asked():
     with pytest.raises(ValueError, match="imagee"):
         PyCompose.from_yaml("services: {a: {imagee: x}}")
+
+
+@needs_compose
+@pytest.mark.parametrize("others", [[], ["compose.gpu.yaml"]])
+def test_docker_compose_itself_takes_it(others: list[str], tmp_path: Path):
+    files = [part for name in ("compose.yaml", *others) for part in ("--file", name)]
+    ended = docker_compose(tmp_path, dict.fromkeys(SECRETS, "placeholder"), *files, "config", "--quiet")
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@needs_compose
+@pytest.mark.parametrize("secret", sorted(SECRETS))
+def test_without_a_secret_docker_compose_starts_nothing_and_says_what_to_do(secret: str, tmp_path: Path):
+    ended = docker_compose(tmp_path, dict.fromkeys(SECRETS - {secret}, "placeholder") | {secret: ""}, "config", "--quiet")
+    assert ended.returncode != 0
+    assert f"{secret} is missing a value: copy .env.example to .env and fill it in" in ended.stderr
 
 
 def test_every_value_to_fill_in_is_used_and_every_one_used_can_be_filled_in():
