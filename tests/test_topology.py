@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.same_training import assert_same_files
+from tests.same_training import assert_same_files, lineage_folder
 from tests.test_compose import PROJECT, SECRETS, read
 from tests.topology import MISSING, Topology
 
@@ -90,6 +90,26 @@ def test_a_backup_brings_back_a_lost_registry_and_a_lost_bucket_and_trainings_go
     shutil.rmtree(workspace.root / "checkpoints")
     restored = topology.run_script("deploy/restore.sh", str(backup), "bucket")
     assert restored.returncode == 0, restored.stdout
+    continued = train(topology, workspace, 24)
+    assert "continuing after step 12 of 24" in continued, continued
+    assert_same_files(uninterrupted, workspace)
+
+
+def test_a_registry_that_is_lost_without_a_backup_is_made_anew_from_the_bucket(topology, workspace, uninterrupted):
+    topology.up("postgres", "s3", "mlflow")
+    train(topology, workspace, 12)
+    checkpoints = lineage_folder(workspace)
+    topology.kill("mlflow")
+    for command in (["dropdb", "--force"], ["createdb"]):
+        ended = topology.run_script("docker", "compose", "exec", "-T", "postgres", *command, "--username", "postgres", "mlflow")
+        assert ended.returncode == 0, ended.stdout
+    shutil.rmtree(checkpoints)
+    topology.up("mlflow")
+
+    bucket = ":s3,provider=Other,env_auth=true,endpoint='http://s3:9000':mlflow"
+    found = topology.ask("rclone", "lsf", "--config", "/dev/null", "--files-only", "--recursive", "--include", "*_manifest.json", bucket).split()
+    topology.ask("rclone", "copy", "--config", "/dev/null", f"{bucket}/{Path(max(found)).parent}", str(checkpoints))
+
     continued = train(topology, workspace, 24)
     assert "continuing after step 12 of 24" in continued, continued
     assert_same_files(uninterrupted, workspace)
