@@ -102,7 +102,8 @@ class Browser:
     """A headless Chromium with a profile of its own, told what to do by its DevTools protocol. A context manager."""
 
     def __enter__(self) -> "Browser":
-        self._profile = tempfile.TemporaryDirectory()
+        # Its processes write there until the last of them is gone.
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-port=0"]
         command = [CHROMIUM, *options, f"--user-data-dir={self._profile.name}", "about:blank"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -115,14 +116,15 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ask("Browser.close")
         self._socket.close()
-        self._process.kill()
         self._process.wait()
         self._profile.cleanup()
 
     def open(self, address: str) -> None:
         """A page, its parts that come late included. Again where it is open already: a new #place alone loads nothing."""
         self._ask("Page.navigate", url=address)
+        time.sleep(SECONDS_TO_DRAW)
         self._ask("Page.reload")
         time.sleep(SECONDS_TO_DRAW)
 
