@@ -165,8 +165,9 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         work = work_of(case, device)
         first = seconds(work, device, rounds=1, warm_up=0)
         found = seconds(work, device, rounds, warm_up=2 if case.compiled else 0)
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # After the peak: the profiler takes memory of its own.
         parts, operators = shares(work, device)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     reference = (before + calibration(device)) / 2
     times = {"seconds": found, "first_s": first, "operators_s": operators, "calibration_s": reference, "ratio": found / reference}
     return times | {"peak_MB": peak / 2**20, "shares": parts}

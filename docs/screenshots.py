@@ -15,34 +15,38 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 # Prefect brings it.
 from websockets.sync.client import connect
 
+from tests.browser import CHROMIUM
+from vrt import services
+from vrt.observe import set_up_logging
+
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 SECONDS_TO_DRAW = 8
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def main() -> None:
+    set_up_logging(0)
     if CHROMIUM is None:
         raise SystemExit("no Chromium here; `apt install chromium` brings one")
     with tempfile.TemporaryDirectory(prefix="screenshots-") as scratch:
         project = Path(scratch) / "vrt"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
         keep_all_checkpoints(project / "params.yaml")
+        home = project / ".vrt"
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        environment = os.environ | {"VRT_HOME": f"{project}/.vrt", "PYTHONPATH": str(project), "PATH": path}
-        run(project, environment, "vrt", "services", "up")
+        os.environ |= {"VRT_HOME": str(home), "PYTHONPATH": str(project), "PATH": path}
+        services.up(home)
         try:
-            environment |= exported(run(project, environment, "vrt", "services", "env"))
-            take(train(project, environment), project, environment)
+            os.environ |= services.load_environment(home)
+            take(train(project), project)
         finally:
-            run(project, environment, "vrt", "services", "down")
+            services.down(home)
 
 
 def keep_all_checkpoints(params: Path) -> None:
@@ -50,39 +54,30 @@ def keep_all_checkpoints(params: Path) -> None:
     params.write_text(params.read_text().replace("keep_last: 3", "keep_last: 9"))
 
 
-def run(project: Path, environment: Mapping[str, str], *command: str) -> str:
-    """The output of `python -m COMMAND`."""
-    return subprocess.run([sys.executable, "-m", *command], cwd=project, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def exported(script: str) -> dict[str, str]:
-    return dict(re.findall(r"^export (\w+)='?([^'\n]*)'?$", script, flags=re.MULTILINE))
-
-
-def train(project: Path, environment: Mapping[str, str]) -> str:
+def train(project: Path) -> str:
     """Train through Prefect. Returns the id of the flow run."""
-    worker = subprocess.Popen([sys.executable, "-m", "pipelines"], cwd=project, env=environment, stdout=subprocess.PIPE, text=True)
+    worker = subprocess.Popen([sys.executable, "-m", "pipelines"], cwd=project, stdout=subprocess.PIPE, text=True)
     try:
         for line in worker.stdout:
             if "this works for them" in line:
                 break
         # Nobody reads on, and a full pipe would hold the worker up.
         threading.Thread(target=worker.stdout.read, daemon=True).start()
-        told = run(project, environment, "prefect", "deployment", "run", "train/vrt", "--watch")
-        return re.search(r"UUID: (\S+)", told)[1]
+        command = [sys.executable, "-m", "prefect", "deployment", "run", "train/vrt", "--watch"]
+        told = subprocess.run(command, cwd=project, check=True, stdout=subprocess.PIPE, text=True)
+        return re.search(r"UUID: (\S+)", told.stdout)[1]
     finally:
         worker.send_signal(signal.SIGTERM)
         worker.wait()
 
 
-def take(flow_run: str, project: Path, environment: Mapping[str, str]) -> None:
+def take(flow_run: str, project: Path) -> None:
     # MLflow reads where it is when it is imported.
-    os.environ.update(environment)
     from mlflow import MlflowClient
 
     client = MlflowClient()
     version = client.get_model_version_by_alias("vrt-quickstart", "latest-step")
-    mlflow, step = environment["MLFLOW_TRACKING_URI"], int(version.tags["step"])
+    mlflow, step = os.environ["MLFLOW_TRACKING_URI"], int(version.tags["step"])
     experiment = client.get_run(version.run_id).info.experiment_id
     preview = f"{mlflow}/#/experiments/{experiment}/runs/{version.run_id}/artifacts/checkpoints/{step:08}/{step}_preview.png"
     with Browser() as browser:
@@ -93,7 +88,7 @@ def take(flow_run: str, project: Path, environment: Mapping[str, str]) -> None:
         browser.do("[...document.querySelectorAll('[role=button], label, div')].findLast(e => e.innerText == 'Model training').click()")
         browser.picture(preview, "mlflow-checkpoints", 1280, 560)
         browser.picture(f"{mlflow}/#/models/vrt-quickstart/versions/{version.version}", "mlflow-version", 1280, 800)
-        browser.picture(f"{environment['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/{flow_run}", "prefect-run", 1400, 700)
+        browser.picture(f"{os.environ['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/{flow_run}", "prefect-run", 1400, 700)
     shutil.copy2(project / "reports" / "evaluation" / "comparison.png", IMAGES / "restored.png")
     print(f"taken: {', '.join(sorted(path.name for path in IMAGES.glob('*.png')))} in {IMAGES}")
 

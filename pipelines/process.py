@@ -52,12 +52,24 @@ class Ended:
         return self
 
 
+def launcher_gone() -> LauncherGone | None:
+    """The reason to stop once a process that launched this one died, such as the worker."""
+    gone = lost_launcher(launchers())
+    if gone is None:
+        return None
+    # Its end of our output is closed: whatever is written there from now on would raise.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    return LauncherGone(f"process {gone}, which launched this run, is gone; all is saved, and the next run goes on from there")
+
+
 def run(
     command: Sequence[str],
     logger: Logger,
     folder: Path = PROJECT,
     variables: Mapping[str, str] = {},  # noqa: B006
-    interruption: Callable[[], Exception | None] | None = None,
+    interruption: Callable[[], Exception | None] = launcher_gone,
     answers: bool = False,
 ) -> Ended:
     """Run `python -m COMMAND` in `folder` as a process group of its own, each line of its output in `logger`.
@@ -65,8 +77,9 @@ def run(
     One that `answers` has its standard output kept apart, as its answer.
 
     Whatever interrupts this (a cancelled flow, Ctrl-C) stops the whole group first: with SIGTERM, so that a trainer saves.
-    So does the exception that `interruption` gives once there is a reason: it is raised. Without one it is that the launcher is gone.
+    So does the exception that `interruption` gives once there is a reason: it is raised. By default that is the launcher's death.
     """
+    # One that dies before it was looked at would be missed.
     launchers()
     environment = os.environ | services.load_environment() | {"PYTHONUNBUFFERED": "1", **variables}
     # DVC runs the stages with the first `python` on the path.
@@ -92,7 +105,7 @@ def run(
     for reader in readers:
         reader.start()
     try:
-        code = _wait(child, interruption or launcher_gone)
+        code = _wait(child, interruption)
     except BaseException as reason:
         try:
             logger.warning("stopping %s (%s): it saves first", said, str(reason) or type(reason).__name__)
@@ -103,18 +116,6 @@ def run(
         for reader in readers:
             reader.join()
     return Ended(said, code_of_stage(tail) or code if code else 0, tuple(tail), "".join(answer))
-
-
-def launcher_gone() -> LauncherGone | None:
-    """The reason to stop once a process that launched this one died, such as the worker."""
-    gone = lost_launcher(launchers())
-    if gone is None:
-        return None
-    # Its end of our output is closed: whatever is written there from now on would raise.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(nowhere, stream.fileno())
-    return LauncherGone(f"process {gone}, which launched this run, is gone; all is saved, and the next run goes on from there")
 
 
 def _wait(child: subprocess.Popen, interruption: Callable[[], Exception | None]) -> int:

@@ -5,8 +5,9 @@ import time
 from enum import StrEnum
 from typing import Annotated, Any
 
-from prefect import flow, get_run_logger, task
+from prefect import Task, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
 from prefect.states import Cancelled, Crashed, State
 from pydantic import Field
 
@@ -27,6 +28,11 @@ PAUSES = [10, 30, 60, 120, 300, 300]
 
 class GivenUp(RuntimeError):
     """The training can't be finished without a person; the message says why."""
+
+
+def may_come_back(task: Task, task_run: TaskRun, state: State) -> bool:
+    """Whether what a task failed of is worth another try: not where the worker is gone, which ends the run."""
+    return not isinstance(state.result(raise_on_failure=False), LauncherGone)
 
 
 @task(name="pull data", cache_policy=NO_CACHE)
@@ -98,7 +104,7 @@ def evaluate(project: Project) -> None:
     run(["dvc", "repro", "--pull", "evaluate"], get_run_logger(), project.folder).check()
 
 
-@task(name="verify what is registered", cache_policy=NO_CACHE, retries=len(PAUSES), retry_delay_seconds=PAUSES)
+@task(name="verify what is registered", cache_policy=NO_CACHE, retries=len(PAUSES), retry_delay_seconds=PAUSES, retry_condition_fn=may_come_back)
 def verify(project: Project) -> list[dict[str, Any]]:
     """Read the newest checkpoint back from the store, byte by byte. Returns all checkpoints of the training."""
     logger = get_run_logger()
@@ -108,7 +114,7 @@ def verify(project: Project) -> list[dict[str, Any]]:
     return checkpoints
 
 
-@task(name="push data and models", cache_policy=NO_CACHE, retries=len(PAUSES), retry_delay_seconds=PAUSES)
+@task(name="push data and models", cache_policy=NO_CACHE, retries=len(PAUSES), retry_delay_seconds=PAUSES, retry_condition_fn=may_come_back)
 def push(project: Project) -> None:
     """Keep data and model in DVC's remote."""
     run(["dvc", "push"], get_run_logger(), project.folder).check()

@@ -28,6 +28,12 @@ def steps() -> list[tuple[str, str]]:
     return [(step["instruction"], step["value"]) for step in DockerfileParser(str(DOCKERFILE)).structure if step["instruction"] != "COMMENT"]
 
 
+@pytest.fixture(scope="module")
+def tracked() -> set[str]:
+    """What is under version control."""
+    return set(subprocess.run(["git", "ls-files"], cwd=PROJECT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines())
+
+
 def test_a_linter_has_nothing_to_say():
     ended = subprocess.run([Path(sys.executable).parent / "hadolint", str(DOCKERFILE)], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout
@@ -46,8 +52,7 @@ def test_no_secret_is_asked_for_and_nothing_comes_from_the_web_unchecked(steps):
     assert not [value for kind, value in steps if kind == "ADD" or "curl" in value or "wget" in value]
 
 
-def test_what_is_copied_is_under_version_control(steps):
-    tracked = set(subprocess.run(["git", "ls-files"], cwd=PROJECT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines())
+def test_what_is_copied_is_under_version_control(steps, tracked):
     for kind, value in steps:
         if kind == "COPY" and "--from=" not in value:
             *sources, _ = (word for word in value.split() if not word.startswith("--"))
@@ -55,10 +60,9 @@ def test_what_is_copied_is_under_version_control(steps):
                 assert source in tracked or any(path.startswith(f"{source}/") for path in tracked), source
 
 
-def test_the_build_sees_all_of_the_program_and_nothing_that_git_does_not_have(tmp_path: Path):
+def test_the_build_sees_all_of_the_program_and_nothing_that_git_does_not_have(tracked, tmp_path: Path):
     copy_context(PROJECT, tmp_path)
     seen = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    tracked = set(subprocess.run(["git", "ls-files"], cwd=PROJECT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines())
     assert seen <= tracked
     assert {path for path in tracked if path.startswith(("vrt/", "pipelines/", "recipes/"))} <= seen
 

@@ -5,10 +5,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from ruamel.yaml import YAML
+
+from tests.footage import moving, write_video
 
 PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
 # The environment of the tests is installed and at work already.
@@ -20,18 +21,8 @@ def blocks() -> list[tuple[str, str]]:
     return re.findall(r"^```(\w*)\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def write_video(path: Path, noise: float, frames: int = 48) -> None:
-    """Frames of a texture that moves, 64 x 64."""
-    generator = np.random.default_rng(1)
-    texture = generator.integers(0, 256, (16, 40, 3)).repeat(4, 0).repeat(4, 1)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=24)
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv444p"
-        for number in range(frames):
-            frame = np.roll(texture, -number, axis=1)[:, :64] + generator.normal(0, noise, (64, 64, 3))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.clip(0, 255).astype(np.uint8), "rgb24")))
-        container.mux(stream.encode())
+def with_noise(frames: np.ndarray, sigma: float) -> np.ndarray:
+    return (frames + np.random.default_rng(1).normal(0, sigma, frames.shape)).clip(0, 255).astype(np.uint8)
 
 
 def edits(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -45,8 +36,9 @@ def edits(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 @pytest.mark.long
 def test_every_command_of_the_tutorial_does_what_it_says(make_workspace):
     workspace = make_workspace("tutorial")
-    write_video(workspace.root / "holiday.mp4", noise=0)
-    write_video(workspace.root / "noisy.mp4", noise=30)
+    frames = moving(48, 64, 64)
+    write_video(workspace.root / "holiday.mp4", frames)
+    write_video(workspace.root / "noisy.mp4", with_noise(frames, 30))
     ran = 0
     for language, content in blocks():
         if language == "yaml":

@@ -127,9 +127,8 @@ def test_the_first_value_that_is_no_number_is_found(tree, place):
     assert spoiled(tree) == place
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies off a GPU: needs one")
-def test_a_gpu_does_not_change_what_is_still_being_copied():
-    live = torch.zeros(64 << 20, device="cuda")
+def test_a_gpu_does_not_change_what_is_still_being_copied(gpu):
+    live = torch.zeros(64 << 20, device=gpu)
     copy = HostCopy()
     for value in range(1, 4):
         live.fill_(value)

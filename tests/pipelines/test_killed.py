@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
+from tests.footage import moving, write_video
 from tests.pipelines.conftest import at_work as working
 from tests.same_training import assert_same_training
-from tests.test_tutorial import write_video
 from vrt.services import local, process, servers
 
 pytestmark = pytest.mark.long
@@ -69,9 +69,18 @@ def test_when_the_worker_is_killed_everything_saves_and_ends_and_the_next_run_co
     assert_same_training(uninterrupted, worker.workspace)
 
 
+def test_when_the_worker_is_killed_while_the_store_is_read_back_nothing_of_that_is_tried_again(worker):
+    worker.start("train/vrt", retry_pause=0)
+    worker.wait_for("$ vrt checkpoints verify")
+    everything = worker.process.children(recursive=True)
+    (prefects,) = (child for child in worker.process.children() if "worker" in child.cmdline())
+    prefects.kill()
+    nothing_left([worker.process, *everything])
+
+
 def test_when_the_worker_is_killed_while_a_video_is_restored_that_ends_too_and_the_next_run_goes_on_with_it(worker):
     folder = worker.workspace.root
-    write_video(folder / "long.mp4", noise=30, frames=200)
+    write_video(folder / "long.mp4", moving(200, 64, 64))
     assert worker.settled(worker.start("train/vrt", retry_pause=0)).state_name == "Completed"
     places = {"input": str(folder / "long.mp4"), "output": str(folder / "restored.mkv")}
     worker.start("restore/vrt", **places)

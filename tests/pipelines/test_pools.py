@@ -22,7 +22,6 @@ from prefect_docker.worker import DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 from ruamel.yaml import YAML
 
-from tests.pipelines.conftest import Worker
 from tests.pipelines.conftest import at_work as working
 from tests.same_training import assert_same_training
 from vrt.lifecycle import SECONDS_TO_SAVE
@@ -116,7 +115,7 @@ def test_a_run_whose_pod_is_told_to_end_saves_is_scheduled_again_and_completes(m
                 assert pod.wait(2 * SECONDS_TO_SAVE) == 0, workspace.log.read_text()
                 assert not psutil.wait_procs(everything, timeout=5)[1]
             assert pod.wait(300) == 0, workspace.log.read_text()
-            states.append(Worker(workspace, worker.process).look(run).state_name)
+            states.append(worker.look(run).state_name)
     assert states == ["AwaitingRetry", "Completed"], workspace.log.read_text()
     assert_same_training(uninterrupted, workspace)
 

@@ -160,7 +160,9 @@ def prove(rounds: int, seed: int, make_workspace, fork_server, versions_of) -> N
     killed = Killed(workspace, fork_server, versions_of, rng)
     for where in kills(rounds, rng):
         killed.kill(where)
-    last = killed.folder.steps()[0] + EVERY if killed.folder.steps() else max(killed.digests) + EVERY
+    # Metrics of steps that were trained and then lost are kept: both trainings have to come past them.
+    furthest = max(*killed.digests, *killed.folder.steps(), *(step for step, _ in points(workspace, killed.folder.path.name)["train/loss"]))
+    last = EVERY * (furthest // EVERY + 1)
     killed.finish(last)
 
     twin = make_workspace("twin")

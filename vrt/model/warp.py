@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FRAME = (1, 1, 1, 1)
+"""Zeros around an image, which stand for everything outside: no value read there needs a mask."""
 POINTS_AT_ONCE = 2**22
 """PyTorch's kernel for the gradient of weighted sums of rows numbers its threads, 128 for a point, in 32 bits, and does not look whether they fit."""
 
@@ -55,16 +57,19 @@ def sample_in_order(x: Tensor, at_x: Tensor, at_y: Tensor, padding_mode: str) ->
         at_x, at_y = _moved_inside(at_x, width), _moved_inside(at_y, height)
     left, top = at_x.detach().floor(), at_y.detach().floor()
     right_share, bottom_share = at_x - left, at_y - top
-    # A frame of zeros around the image stands for everything outside.
-    columns = [p.clamp(-1, width).long() + 1 for p in (left, left + 1)]
-    rows = [(p.clamp(-1, height).long() + 1) * (width + 2) for p in (top, top + 1)]
-    table = F.pad(x.to(at_x.dtype), (1, 1, 1, 1)).permute(0, 2, 3, 1).reshape(-1, channels)
+    columns, rows = _framed(left, left + 1, width), [row * (width + 2) for row in _framed(top, top + 1, height)]
+    table = F.pad(x.to(at_x.dtype), FRAME).permute(0, 2, 3, 1).reshape(-1, channels)
     own_rows = torch.arange(n, device=x.device).view(n, 1, 1) * ((height + 2) * (width + 2))
     index = torch.stack([own_rows + row + column for row in rows for column in columns], dim=-1)
     shares = torch.stack([v * h for v in (1 - bottom_share, bottom_share) for h in (1 - right_share, right_share)], dim=-1)
     few = zip(index.view(-1, 4).split(POINTS_AT_ONCE), shares.view(-1, 4).split(POINTS_AT_ONCE))
     sampled = torch.cat([F.embedding_bag(rows, table, mode="sum", per_sample_weights=own) for rows, own in few])
     return sampled.view(n, *at_x.shape[1:], channels).permute(0, 3, 1, 2).contiguous()
+
+
+def _framed(low: Tensor, high: Tensor, size: int) -> list[Tensor]:
+    """Whole pixels of an axis of `size`, before and after some points, as places of an image with a FRAME around it."""
+    return [pixel.clamp(-1, size).long() + 1 for pixel in (low, high)]
 
 
 def _moved_inside(at: Tensor, size: int) -> Tensor:
@@ -87,11 +92,9 @@ def gather_nearest4(x: Tensor, flow: Tensor) -> Tensor:
     n, channels, height, width = x.shape
     own_x, own_y = pixel_axes(height, width, like=flow)
     at_x, at_y = flow[:, 0].detach() + own_x, flow[:, 1].detach() + own_y
-    # A frame of zeros around the image stands for everything outside, so no mask is needed after the gather.
-    columns = [p.clamp(-1, width).long() + 1 for p in (at_x.floor(), at_x.ceil())]
-    rows = [(p.clamp(-1, height).long() + 1) * (width + 2) for p in (at_y.floor(), at_y.ceil())]
+    columns, rows = _framed(at_x.floor(), at_x.ceil(), width), [row * (width + 2) for row in _framed(at_y.floor(), at_y.ceil(), height)]
     index = torch.stack([row + column for column in columns for row in rows], dim=1)
-    padded = F.pad(x, (1, 1, 1, 1)).flatten(2)
+    padded = F.pad(x, FRAME).flatten(2)
     pixels = padded.gather(2, index.view(n, 1, -1).expand(-1, channels, -1))
     return pixels.view(n, channels, 4, height, width).transpose(1, 2).flatten(1, 2)
 
