@@ -16,7 +16,7 @@ ENV PATH=/opt/vrt/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 
-FROM base AS build
+FROM base AS packages
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3-venv \
@@ -24,30 +24,27 @@ RUN apt-get update \
 RUN python3 -m venv /opt/vrt
 ARG TORCH_WHEELS=
 COPY requirements.lock /tmp/
-# Packages before code: a change of the code then rebuilds neither this layer nor, where it is pulled, loads it again.
 # As in the Makefile: the lock is complete but for what torch itself pins, which the CUDA build has and the CPU build has not.
 # hadolint ignore=DL3013
 RUN torch="$(grep '^torch==' /tmp/requirements.lock)" \
     && if [ -n "$TORCH_WHEELS" ]; then pip install --no-cache-dir --no-index --no-deps --find-links "$TORCH_WHEELS" "$torch"; fi \
     && pip install --no-cache-dir --no-deps --requirement /tmp/requirements.lock \
     && pip install --no-cache-dir --constraint /tmp/requirements.lock "$torch"
-WORKDIR /srv/vrt
-COPY pyproject.toml ./
-COPY pipelines pipelines
-COPY vrt vrt
-RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable .
 
 FROM base
 # What will be mounted belongs to the user from the start: a new volume takes over owner and rights.
 RUN useradd --uid 1000 --create-home vrt \
     && install --directory --owner=vrt --group=vrt /srv/vrt /srv/vrt/checkpoints /srv/vrt/reports /srv/vrt/.vrt /srv/vrt/.dvc /srv/vrt/.dvc/cache /srv/s3
 WORKDIR /srv/vrt
-COPY --from=build /opt/vrt /opt/vrt
-COPY --from=build --chown=1000:1000 /srv/vrt ./
-COPY --chown=1000:1000 dvc.yaml params.yaml prefect.yaml .dvcignore ./
+# Gigabytes, and made of the lock file alone: a change of the code neither makes this layer anew nor has it loaded again where it is pulled.
+COPY --from=packages /opt/vrt /opt/vrt
+COPY --chown=1000:1000 pyproject.toml dvc.yaml params.yaml prefect.yaml .dvcignore ./
+COPY --chown=1000:1000 .dvc/config .dvc/
 COPY --chown=1000:1000 recipes recipes
 COPY --chown=1000:1000 data data
-COPY --chown=1000:1000 .dvc/config .dvc/
+COPY --chown=1000:1000 pipelines pipelines
+COPY --chown=1000:1000 vrt vrt
+RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable .
 USER 1000
 # There is no git here, and DVC wants to be told.
 RUN dvc config --local core.no_scm true

@@ -1,7 +1,9 @@
 """The flow `train`: fetch what is missing, train through every interruption, evaluate, and keep the results in the remote."""
 
 import json
+import platform
 import time
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -17,9 +19,10 @@ from pipelines.process import LauncherGone, run
 from pipelines.project import RECIPES, Project, make, plan, pull_raw_data
 from pipelines.summary import closing_page
 from pipelines.watch import NotWanted, Watch, report
-from vrt.lifecycle import EXIT_DONE, EXIT_UNAVAILABLE, PROCESSES, RESUME
+from vrt.lifecycle import EXIT_DONE, EXIT_UNAVAILABLE, MACHINES, MEET, PROCESSES, RESUME
 
 Recipe = StrEnum("Recipe", {path.stem: path.stem for path in sorted(RECIPES.glob("*.yaml"))})
+MEETING_POINT = r"^(\S+:[0-9]+)?$"
 RESUME_POLICY = r"^(auto|must|never|[0-9]+|fork [A-Za-z0-9][A-Za-z0-9._-]*@[0-9]+)$"
 
 # MLflow or S3 may be gone just when the training is done.
@@ -64,13 +67,15 @@ def see_that_all_is_there(project: Project) -> None:
 
 
 @task(name="train", cache_policy=NO_CACHE)
-def train_to_the_end(project: Project, resume: str, processes: int, retry_pause: float) -> list[Attempt]:
-    """Train, as often as it takes. Raises GivenUp where starting again would be in vain."""
+def train_to_the_end(project: Project, told: Mapping[str, str], retry_pause: float) -> list[Attempt]:
+    """Train, as often as it takes; what `told` overrides of the params is the trainer's environment.
+
+    Raises GivenUp where starting again would be in vain.
+    """
     logger = get_run_logger()
     attempts: list[Attempt] = []
     # A policy other than auto asks for something to be trained, whatever DVC believes to be up to date.
-    command = ["dvc", "repro", "--pull", "train"] if resume == "auto" else ["dvc", "repro", "--single-item", "--force", "train"]
-    told = ({RESUME: resume} if resume != "auto" else {}) | ({PROCESSES: str(processes)} if processes else {})
+    command = ["dvc", "repro", "--single-item", "--force", "train"] if RESUME in told else ["dvc", "repro", "--pull", "train"]
     while not attempts or attempts[-1].end is not End.DONE:
         with Watch(project.status, logger) as watch:
             started = time.time()
@@ -126,6 +131,8 @@ def train(
     overrides: dict[str, Any] = {},  # noqa: B006
     resume: Annotated[str, Field(pattern=RESUME_POLICY)] = "auto",
     processes: Annotated[int, Field(ge=0)] = 0,
+    machines: Annotated[int, Field(ge=1)] = 1,
+    meet: Annotated[str, Field(pattern=MEETING_POINT)] = "",
     retry_pause: Annotated[float, Field(ge=0, le=LONGEST_PAUSE)] = 20.0,
     dry_run: bool = False,
 ) -> State | None:
@@ -139,10 +146,14 @@ def train(
         resume: auto (as the params say: go on from the newest registered step, else begin), must (go on, or fail), never (begin anew),
             a step to go back to, or "fork LINEAGE@STEP" (branch off another training).
         processes: How many processes train on the machine, one per GPU; 0: as the params say. It is the same training with any number.
+        machines: How many machines train together: start as many runs, alike, each of which a worker on another machine takes.
+        meet: Where the machines meet, as HOST:PORT: a free port of one of them that all others reach.
         retry_pause: Seconds before a training that crashed is started again; they grow while it registers nothing new.
         dry_run: Only say what would be done.
     """
     logger = get_run_logger()
+    if (machines > 1) != bool(meet):
+        raise GivenUp(f"machines {machines}, meet {meet!r}: expected both or neither; all runs of a training are told alike")
     if resume.startswith("fork"):
         # A fork is a training of its own: every stage has to know it, not the trainer alone.
         overrides, resume = overrides | {"checkpoints.resume": resume}, "auto"
@@ -152,11 +163,15 @@ def train(
     if dry_run:
         report(rehearsal(project, resume), "plan", "What this run would do", logger)
         return None
+    told = {RESUME: resume} if resume != "auto" else {}
+    told |= {PROCESSES: str(processes)} if processes else {}
+    told |= {MACHINES: str(machines), MEET: meet} if meet else {}
     try:
-        with the_only_run_of(project.key, logger):
+        # Machines that train together have a run each.
+        with the_only_run_of(f"{project.key} on {platform.node()}" if meet else project.key, logger):
             prepare(project)
             see_that_all_is_there(project)
-            attempts = train_to_the_end(project, resume, processes, retry_pause)
+            attempts = train_to_the_end(project, told, retry_pause)
             evaluate(project)
             report(closing_page(project.folder, attempts, verify(project)), "result", "What came of the training", logger)
             push(project)

@@ -1,5 +1,6 @@
 """The image: its Dockerfile is sound, and its steps, run in a fresh Debian, give a place where everything works."""
 
+import itertools
 import os
 import re
 import shutil
@@ -50,6 +51,14 @@ def test_it_runs_as_nobody_special_and_hears_signals_itself(steps):
 def test_no_secret_is_asked_for_and_nothing_comes_from_the_web_unchecked(steps):
     assert not [value for kind, value in steps if kind in ("ARG", "ENV") and re.search("SECRET|PASSWORD|TOKEN|KEY", value)]
     assert not [value for kind, value in steps if kind == "ADD" or "curl" in value or "wget" in value]
+
+
+def test_the_layer_of_the_packages_is_made_of_the_lock_file_alone(steps):
+    begins = steps.index(("FROM", "base AS packages"))
+    stage = list(itertools.takewhile(lambda step: step[0] != "FROM", steps[begins + 1 :]))
+    assert [value for kind, value in stage if kind in ("COPY", "ADD")] == ["requirements.lock /tmp/"]
+    from_stages = [value for kind, value in steps if kind == "COPY" and "--from=" in value]
+    assert from_stages == ["--from=packages /opt/vrt /opt/vrt"]
 
 
 def test_what_is_copied_is_under_version_control(steps, tracked):

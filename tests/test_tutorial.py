@@ -1,24 +1,18 @@
 """docs/tutorial.md, word for word: every block is run, in its order, on a video made for it."""
 
-import re
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
+from tests.documentation import PROJECT, blocks
 from tests.footage import moving, write_video
 
-PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
+PAGE = PROJECT / "docs" / "tutorial.md"
 # The environment of the tests is installed and at work already.
 DONE = ("make .venv/.installed", "source .venv/bin/activate")
-
-
-def blocks() -> list[tuple[str, str]]:
-    """(language, content) of each block: no language is the shell's, yaml is what to write into params.yaml."""
-    return re.findall(r"^```(\w*)\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def with_noise(frames: np.ndarray, sigma: float) -> np.ndarray:
@@ -40,8 +34,9 @@ def test_every_command_of_the_tutorial_does_what_it_says(make_workspace):
     write_video(workspace.root / "holiday.mp4", frames)
     write_video(workspace.root / "noisy.mp4", with_noise(frames, 30))
     ran = 0
-    for language, content in blocks():
+    for language, content in blocks(PAGE):
         if language == "yaml":
+            # To be written into params.yaml.
             workspace.edit(**dict(edits(YAML(typ="safe").load(content))))
             continue
         for command in content.splitlines():

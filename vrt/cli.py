@@ -13,6 +13,8 @@ from vrt.lifecycle import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_UNAVAILABLE,
+    MACHINES,
+    MEET,
     PROCESSES,
     RESUME,
     launchers,
@@ -91,9 +93,10 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--resume", metavar="POLICY", default=os.environ.get(RESUME) or None, help=told)
             told = f"overrides train.processes (as ${PROCESSES} does): processes on this machine, or auto, one per GPU"
             command.add_argument("--processes", metavar="N", type=_processes, default=os.environ.get(PROCESSES) or None, help=told)
-            told = "machines that train together: run the same command on each, with the same --meet"
-            command.add_argument("--machines", metavar="N", type=_positive, default=1, help=told)
-            command.add_argument("--meet", metavar="HOST:PORT", help="where the machines meet: a free port of one of them")
+            told = f"machines that train together (or ${MACHINES}): run the same command on each, with the same --meet"
+            command.add_argument("--machines", metavar="N", type=_positive, default=os.environ.get(MACHINES) or 1, help=told)
+            told = f"where the machines meet (or ${MEET}): a free port of one of them"
+            command.add_argument("--meet", metavar="HOST:PORT", default=os.environ.get(MEET) or None, help=told)
     recipes = commands.add_parser("recipes", help="list the recipes: the nine published trainings and the quickstart, and what each needs")
     recipes.add_argument("--json", action="store_true", help="as JSON, for programs")
     recipes.set_defaults(run=_recipes)

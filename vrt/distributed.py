@@ -45,6 +45,11 @@ class Team:
     def leads(self) -> bool:
         return self.rank == 0
 
+    @property
+    def first_away(self) -> bool:
+        """Whether it is the first process of a machine that the one which leads is not on."""
+        return False
+
     def total(self, *numbers: float) -> tuple[float, ...]:
         """The sum of each number over all processes. All must call it at the same point. Raises PeerLost."""
         return numbers
@@ -74,6 +79,11 @@ class Torchrun(Team):
         self.rank, self.size, self._heart = rank, size, heart
         self.seconds = 0.0
         """Spent on adding up so far, waiting for slower processes included."""
+
+    @property
+    def first_away(self) -> bool:
+        # torchrun numbers the machines as it does their processes: from that of rank 0 on.
+        return os.environ["GROUP_RANK"] != "0" and os.environ["LOCAL_RANK"] == "0"
 
     def total(self, *numbers: float) -> tuple[float, ...]:
         sums = torch.tensor(numbers, dtype=torch.float64)

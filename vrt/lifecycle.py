@@ -28,6 +28,10 @@ RESUME = "VRT_RESUME"
 
 PROCESSES = "VRT_PROCESSES"
 """What it says instead of --processes."""
+MACHINES = "VRT_MACHINES"
+"""Instead of --machines."""
+MEET = "VRT_MEET"
+"""Instead of --meet."""
 OUTCOME = "VRT_OUTCOME"
 """Where a process that torchrun started leaves its exit code for `vrt train`: torchrun itself passes on none."""
 

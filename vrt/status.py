@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -44,6 +45,14 @@ class StatusFile:
         # The thread that publishes tells what is registered, the one that trains the rest.
         self._lock = threading.RLock()
         self._write()
+
+    @property
+    def now(self) -> TrainingStatus:
+        return self._status
+
+    def begins(self, step: int) -> None:
+        """Take over that it trains from now on, after `step`."""
+        self.update(resumed=step, step=step, training_since=time.time())
 
     def update(self, **changes: object) -> None:
         """Set fields of the status, in the file too: that takes a tenth of a millisecond, and a kill may come at any time."""

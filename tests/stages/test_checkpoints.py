@@ -14,7 +14,7 @@ from vrt.data.clips import PreparedData
 from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED
 from vrt.params import load_params
 from vrt.stages import CHECKPOINTS, PREPARED
-from vrt.stages.train import lineage_of
+from vrt.stages.lineage import lineage_of
 
 
 class Trained:

@@ -14,7 +14,8 @@ from vrt.checkpoint.manifest import Manifest
 from vrt.data.clips import PreparedData
 from vrt.params import load_params
 from vrt.stages import CHECKPOINTS, PREPARED
-from vrt.stages.train import lineage_of, run_training
+from vrt.stages.lineage import lineage_of
+from vrt.stages.train import run_training
 
 
 class Project:

@@ -139,7 +139,7 @@ def two_hosts(make_workspace, local_services, tmp_path):
     """Two workspaces on two hosts, of which the first has the services: this network, and a network namespace behind a cable."""
     first = make_workspace("hosts")
     first.edit(**BATCH)
-    second = replace(first, root=tmp_path / "second")
+    second = replace(first, root=tmp_path / "second", environment=first.environment | {"PYTHONPATH": str(tmp_path / "second")})
     shutil.copytree(first.root, second.root, symlinks=True)
     cable, far, space = f"vrt{os.getpid()}a", f"vrt{os.getpid()}b", f"vrt{os.getpid()}"
     ports = [str(urlsplit(address).port) for address in local_services.environment.values() if address.startswith("http://127.0.0.1:")]
@@ -148,6 +148,8 @@ def two_hosts(make_workspace, local_services, tmp_path):
     def there(*command: str) -> list[str]:
         return ["ip", "netns", "exec", space, *command]
 
+    # A machine has a name of its own.
+    named = ["unshare", "--uts", "sh", "-c", 'hostname far; exec "$@"', "sh"]
     made = subprocess.run(["ip", "netns", "add", space], capture_output=True, text=True, check=False)
     if made.returncode:
         pytest.skip(f"a second host needs the right to make network namespaces: {made.stderr.strip()}")
@@ -163,9 +165,8 @@ def two_hosts(make_workspace, local_services, tmp_path):
         # The addresses of the services are the same on both hosts.
         relays = [subprocess.Popen([*relay, "10.213.7.1", "127.0.0.1", *ports]), subprocess.Popen(there(*relay, "127.0.0.1", "10.213.7.1", *ports))]
 
-        def start() -> list[subprocess.Popen]:
-            told = ["-m", "vrt", "train", "--processes", "1", "--machines", "2", "--meet", "10.213.7.1:29533"]
-            commands = [[sys.executable, *told], there(sys.executable, *told)]
+        def start(*told: str) -> list[subprocess.Popen]:
+            commands = [[sys.executable, *told], there(*named, sys.executable, *told)]
             started = []
             for workspace, command in zip((first, second), commands):
                 output = workspace.log.open("w")
@@ -183,7 +184,8 @@ def two_hosts(make_workspace, local_services, tmp_path):
 @pytest.mark.long
 def test_a_host_that_vanishes_is_noticed_and_both_come_back_bit_identically(two_hosts, two_uninterrupted):
     first, second, start, set_cable = two_hosts
-    hosts = start()
+    command = ["-m", "vrt", "train", "--processes", "1", "--machines", "2", "--meet", "10.213.7.1:29533"]
+    hosts = start(*command)
     until(lambda: "checkpoint 8 registered" in first.log.read_text() + second.log.read_text(), hosts)
     # As when it loses its power: no connection is closed, and what runs there is seen no more.
     set_cable("down")
@@ -197,10 +199,45 @@ def test_a_host_that_vanishes_is_noticed_and_both_come_back_bit_identically(two_
     hosts[1].wait()
     assert hosts[0].returncode == 1, first.log.read_text()
     set_cable("up")
-    again = start()
+    again = start(*command)
     assert [host.wait(200) for host in again] == [0, 0], first.log.read_text() + second.log.read_text()
-    leader = next(workspace for workspace in (first, second) if list(workspace.root.glob("checkpoints/*/24_G.pth")))
-    assert_same_training(two_uninterrupted, leader)
+    assert_both_have_the_result_of(two_uninterrupted, first, second)
+
+
+@pytest.mark.long
+def test_two_hosts_have_a_flow_run_each_which_survive_a_killed_trainer_and_end_with_the_same_result(two_hosts, two_uninterrupted):
+    first, second, start, _ = two_hosts
+    flow = "from pipelines.train import train; train(processes=1, machines=2, meet='10.213.7.1:29534', retry_pause=0)"
+    hosts = start("-c", flow)
+    until(lambda: "checkpoint 8 registered" in first.log.read_text() + second.log.read_text(), hosts)
+    trainers = [process for process in psutil.Process(hosts[1].pid).children(recursive=True) if "RANK" in environment_of(process)]
+    trainers[0].kill()
+
+    assert [host.wait(400) for host in hosts] == [0, 0], first.log.read_text() + second.log.read_text()
+
+    for workspace in (first, second):
+        said = workspace.log.read_text()
+        assert "| 2 | done |" in said and "Finished in state Completed()" in said, said
+    assert_both_have_the_result_of(two_uninterrupted, first, second)
+    # A machine that comes when all is done meets nobody.
+    shutil.rmtree(first.root / "model")
+    late = first.run("vrt", "train", variables={"VRT_MACHINES": "2", "VRT_MEET": "10.213.7.1:29534"})
+    assert late.returncode == 0 and "is trained and registered; fetching it" in late.stdout, late.stdout
+    assert_both_have_the_result_of(two_uninterrupted, first, second)
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+def assert_both_have_the_result_of(uninterrupted, first, second) -> None:
+    for workspace in (first, second):
+        assert_same_training(uninterrupted, workspace)
+    for name in ("24_G.pth", "24_E.pth", "24_manifest.json"):
+        assert (first.root / "model" / name).read_bytes() == (second.root / "model" / name).read_bytes()
 
 
 def until(true: Callable[[], bool], running: list[subprocess.Popen]) -> None:

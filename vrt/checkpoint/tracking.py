@@ -233,11 +233,16 @@ class MlflowRun:
         except MlflowException as error:
             outage = isinstance(error.__cause__ or error.__context__, requests.RequestException)
             if outage or error.error_code in (ErrorCode.Name(INTERNAL_ERROR), ErrorCode.Name(TEMPORARILY_UNAVAILABLE)):
-                reason = str(error).splitlines()[0][:200]
-                raise StoreUnavailable(f"MLflow at {address} does not answer ({reason}); see `vrt services status`") from error
+                raise _unavailable(address, error) from error
             raise
         except requests.RequestException as error:
-            raise StoreUnavailable(f"MLflow at {address} does not answer ({error}); see `vrt services status`") from error
+            raise _unavailable(address, error) from error
+
+
+def _unavailable(address: str, error: Exception) -> StoreUnavailable:
+    # What was asked comes first in it, and at length; why there was no answer comes last.
+    reason = str(error).splitlines()[0].rpartition("Caused by ")[2][:200]
+    return StoreUnavailable(f"MLflow at {address} does not answer ({reason}); see `vrt services status`")
 
 
 def lease_address(artifacts: str, lineage: str) -> str:

@@ -18,8 +18,8 @@ from vrt.observe import log, progress
 from vrt.params import Checkpoints, load_params
 from vrt.stages import CHECKPOINTS, PREPARED
 from vrt.stages.adopt import adopt
+from vrt.stages.lineage import lineage_of, origin_here
 from vrt.stages.start import unknown_lineage
-from vrt.stages.train import lineage_of, origin_here
 from vrt.training.session import build_state
 
 

@@ -19,7 +19,7 @@ from vrt.lifecycle import EXIT_DONE
 from vrt.observe import log
 from vrt.params import load_params
 from vrt.stages import PREPARED, REPORTS
-from vrt.stages.train import lineage_of
+from vrt.stages.lineage import lineage_of
 
 
 def run_demo() -> int:

@@ -33,7 +33,7 @@ from vrt.observe import log
 from vrt.params import load_params, read_yaml
 from vrt.stages import CHECKPOINTS, PREPARED
 from vrt.stages.drilled import Attempt, Kill, Recovery, Verdict, plan, read_log, show
-from vrt.stages.train import lineage_of
+from vrt.stages.lineage import lineage_of
 
 SCRATCH = Path(".drill")
 PREFIX = "drill-"

@@ -13,12 +13,17 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from vrt.checkpoint.curator import Curator
+from vrt.checkpoint.policy import ResumePolicy
+from vrt.checkpoint.tracking import Lineage
 from vrt.data.clips import PreparedData
 from vrt.data.sampler import Share, check_sampling
 from vrt.lifecycle import EXIT_DONE, EXIT_FAILED, OUTCOME, SECONDS_TO_SAVE, StopRequest, torchrun_rank
 from vrt.observe import log
 from vrt.params import Params, load_params, with_resume
 from vrt.stages import PREPARED
+from vrt.stages.lineage import lineage_of
+from vrt.stages.result import fetch_result
 
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_MEET = 600.0
@@ -40,8 +45,14 @@ def train_together(params_path: Path, resume: str | None, processes: int | str |
     if count * machines == 1:
         return None
     if resume is not None:
-        with_resume(params, resume)
-    check_sampling(PreparedData.open(PREPARED), params)
+        params = with_resume(params, resume)
+    data = PreparedData.open(PREPARED)
+    check_sampling(data, params)
+    lineage = lineage_of(params, data)
+    if machines > 1 and is_trained(lineage, params):
+        # The others have ended, and nobody will come to meet this one.
+        fetch_result(lineage, params_path, params.train.total_steps)
+        return EXIT_DONE
     here = loopback() if meet is None else on_the_way_to(meet)
     where = ["--standalone"]
     if meet is not None:
@@ -56,6 +67,12 @@ def train_together(params_path: Path, resume: str | None, processes: int | str |
     command += ["--max-restarts", "0", "--monitor-interval", "0.5", "--shutdown-timeout", str(SECONDS_TO_SAVE), "-m", "vrt", "train", *told]
     with tempfile.TemporaryDirectory(prefix="vrt-") as folder:
         return _launch(command, Path(folder) / "outcome", params.train.threads, here.name)
+
+
+def is_trained(lineage: Lineage, params: Params) -> bool:
+    """Whether the last step is registered, and the params don't ask for it to be trained anew."""
+    latest = Curator(lineage).latest()
+    return latest is not None and latest.step == params.train.total_steps and not ResumePolicy.parse(params.checkpoints.resume).begins
 
 
 def processes_here(params: Params, wanted: int | str, machines: int = 1) -> int:

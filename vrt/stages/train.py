@@ -1,11 +1,10 @@
 """`vrt train`: continue the lineage of the params file from its newest healthy checkpoint, and keep everything safe meanwhile."""
 
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from vrt.checkpoint.curator import Curator
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.lease import Lease
 from vrt.checkpoint.lock import locked
-from vrt.checkpoint.manifest import Manifest, manifest_name
+from vrt.checkpoint.manifest import Manifest
 from vrt.checkpoint.policy import ResumePolicy
 from vrt.checkpoint.publisher import Publisher
 from vrt.checkpoint.retention import prune
@@ -33,17 +32,18 @@ from vrt.machine import MachineUse
 from vrt.model.block import compile_blocks
 from vrt.observe import log
 from vrt.params import Params, fingerprint, flatten, load_params, with_resume
-from vrt.stages import CHECKPOINTS, MODEL, PREPARED, REPORTS
+from vrt.stages import CHECKPOINTS, PREPARED
+from vrt.stages.lineage import lineage_of, origin_here
 from vrt.stages.predictor import predictor_files
 from vrt.stages.provenance import code_version, collect, folder_of
-from vrt.stages.reports import write_training_report
+from vrt.stages.result import fetch_result, leave_result
 from vrt.stages.run_page import about_checkpoints, run_page
 from vrt.stages.start import refuse_surprise, resume
 from vrt.status import STATUS, StatusFile, TrainingStatus
 from vrt.training.determinism import computing, determinism
 from vrt.training.loop import Checkpoints, TrainingState, Validation, train
 from vrt.training.memory import clips_at_once
-from vrt.training.session import EMA, NETWORK, SnapshotSink, Unkept, build_state, hand_out
+from vrt.training.session import SnapshotSink, Unkept, build_state, hand_out
 
 # A finished training has time to wait for a store that is down; one that was told to stop has not (see `Publisher.finish`).
 SECONDS_TO_PUBLISH = 600.0
@@ -81,7 +81,8 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
             {"params": fingerprint(params.model_dump(mode="json")), "data": data.digest, "torch": torch.__version__, "code": code_version()}
         )
         training = Training(params, params_path, data, lineage, device, team, stop)
-        return lead(training, started) if team.leads else follow(training)
+        # Nobody ends before the one that leads has everything registered, and all end as that one does.
+        return team.from_leader(lead(training, started)) if team.leads else follow(training, started)
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,11 @@ def lead(training: Training, started: float) -> int:
         registry.find_or_create(flatten(params.model_dump(mode="json")) | lineage.identity)
         lease = Lease(claims_on(registry), lineage.id)
         if not lease.take(give_up=lambda: stop.reason is not None):
+            team.from_leader(None)
             return EXIT_CONTINUE_ME
         at_the_end.callback(lease.release)
         with keeping(registry, lease, params, started, team.size) as keeper:
+            team.from_leader(asdict(keeper.status.now))
             keeper.publisher.put_beside(folder_of(registry.artifacts_address, registry.attempt), collect(training.params_path))
             state = build_state(params, training.device)
             at_the_end.enter_context(keeper.status.reporting(lambda: state.step))
@@ -117,7 +120,7 @@ def lead(training: Training, started: float) -> int:
                 catch_up(keeper, state)
             hand_out(state, team)
             keeper.saver.safe_step = state.step
-            keeper.status.update(resumed=state.step, step=state.step, training_since=time.time())
+            keeper.status.begins(state.step)
             machine = MachineUse(CHECKPOINTS, training.device).sample
             sink = SnapshotSink(keeper.saver, keeper.publisher, facts(lineage, keeper.registry), keeper.status.seen, machine)
             done = train_from(state, training, sink)
@@ -132,19 +135,37 @@ def lead(training: Training, started: float) -> int:
             return EXIT_FAILED if stop.reason is None else EXIT_CONTINUE_ME
         if not done:
             return EXIT_CONTINUE_ME
-        release(keeper.folder, state.step)
-        write_training_report(REPORTS, state.history)
+        leave_result(keeper.folder, state.step, state.history)
         log.info("step %d of %s trained and registered; browse it at %s", state.step, lineage.id, keeper.registry.page)
     return EXIT_DONE
 
 
-def follow(training: Training) -> int:
-    """Train beside the process that leads: the same steps, on another share of each batch. It saves nothing and speaks to nobody."""
+def follow(training: Training, started: float) -> int:
+    """Train beside the process that leads: the same steps, on another share of each batch. It saves nothing and speaks to nobody.
+
+    But the first process of another machine says there how the training stands, and at the end fetches the result.
+    """
+    team = training.team
+    told = team.from_leader(None)
+    if told is None:
+        return team.from_leader(None)
     state = build_state(training.params, training.device)
     # Only what the leader saves and validates has an average.
     state.ema = None
-    hand_out(state, training.team)
-    return EXIT_DONE if train_from(state, training, Unkept()) else EXIT_CONTINUE_ME
+    hand_out(state, team)
+    if not team.first_away:
+        train_from(state, training, Unkept(lambda row: None))
+        return team.from_leader(None)
+    CHECKPOINTS.mkdir(exist_ok=True)
+    status = StatusFile(STATUS, replace(TrainingStatus(**told), started=started))
+    with status.reporting(lambda: state.step):
+        status.begins(state.step)
+        train_from(state, training, Unkept(status.seen))
+        code = team.from_leader(None)
+        if code == EXIT_DONE:
+            fetch_result(training.lineage, training.params_path, state.step)
+            status.registered(state.step)
+    return code
 
 
 def train_from(state: TrainingState, training: Training, checkpoints: Checkpoints) -> bool:
@@ -156,15 +177,6 @@ def train_from(state: TrainingState, training: Training, checkpoints: Checkpoint
         compile_blocks(state.network)
     with closing(training_batches(data, params, state.step + 1, params.train.total_steps, share)) as batches:
         return train(params, state, batches, checkpoints, lambda network: validation(network, data, params), training.stop, team, at_once)
-
-
-def lineage_of(params: Params, data: PreparedData) -> Lineage:
-    """The training that these params and these data define."""
-    identity = params.identity() | {"data.digest": data.digest}
-    if parent := ResumePolicy.parse(params.checkpoints.resume).parent:
-        # With the same params as its parent it is still another training.
-        identity["fork"] = parent
-    return Lineage(params.name, fingerprint(identity), identity)
 
 
 @contextmanager
@@ -243,28 +255,9 @@ def conclude(keeper: Keeper, status: str, hurry: Callable[[], bool]) -> bool:
     return not missing
 
 
-def release(folder: CheckpointFolder, step: int) -> None:
-    """Copy the weights of a checkpoint, with its manifest, into the folder that DVC versions as the trained model."""
-    unfinished = MODEL.with_name(f".unfinished-{MODEL.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    for name in (f"{step}_{NETWORK}", f"{step}_{EMA}", manifest_name(step)):
-        if (folder.path / name).exists():
-            shutil.copy2(folder.path / name, unfinished / name)
-    if MODEL.exists():
-        shutil.rmtree(MODEL)
-    unfinished.replace(MODEL)
-
-
 def facts(lineage: Lineage, registry: Curator) -> dict:
     """What every manifest of this attempt says besides its files and metrics."""
     return {"lineage": lineage.id, "identity": lineage.identity, "origin": origin_here(lineage, str(registry.attempt))}
-
-
-def origin_here(lineage: Lineage, attempt: str) -> dict[str, str]:
-    """Where a checkpoint is made."""
-    parent = {"parent": lineage.identity["fork"]} if "fork" in lineage.identity else {}
-    return {"attempt": attempt, "code_version": code_version(), "host": platform.node()} | parent
 
 
 def run_tags(lineage: Lineage, processes: int) -> dict[str, str]:

@@ -57,7 +57,7 @@ def read(state: TrainingState, manifest: Manifest, folder: Path) -> Parts:
         load_fitting(folder / _name(manifest, NETWORK), state.network),
         load_fitting(folder / _name(manifest, EMA), state.ema) if state.ema is not None and _has(manifest, EMA) else None,
         load_optimizer(folder / _name(manifest, OPTIMIZER), state),
-        _history(folder / _name(manifest, HISTORY)),
+        read_history(folder / _name(manifest, HISTORY)),
         manifest.step,
     )
 
@@ -76,7 +76,7 @@ def read_what_fits(state: TrainingState, manifest: Manifest, folder: Path) -> tu
         optimizer = load_optimizer(folder / _name(manifest, OPTIMIZER), state)
     except CheckpointError as error:
         left.append(f"the optimizer starts afresh: {error}")
-    return Parts(weights, ema, optimizer, _history(folder / _name(manifest, HISTORY)), manifest.step), left
+    return Parts(weights, ema, optimizer, read_history(folder / _name(manifest, HISTORY)), manifest.step), left
 
 
 def put(state: TrainingState, parts: Parts) -> None:
@@ -126,7 +126,8 @@ def load_fitting(path: Path, network: torch.nn.Module) -> dict[str, torch.Tensor
     return weights
 
 
-def _history(path: Path) -> History:
+def read_history(path: Path) -> History:
+    """The metrics that a checkpoint brings along. Raises CheckpointError where the file holds none."""
     try:
         return History.from_bytes(path.read_bytes())
     except (ValueError, KeyError, TypeError) as error:
@@ -165,8 +166,11 @@ def hand_out(state: TrainingState, team: Team) -> None:
 class Unkept:
     """The `Checkpoints` of a process that follows another: that one keeps them."""
 
+    def __init__(self, seen: Callable[[Row], None]):
+        """`seen` is called with each step's metrics."""
+        self.send = seen
+
     def save(self, state: TrainingState, preview: bytes | None) -> None: ...
-    def send(self, row: Row) -> None: ...
     def check(self) -> None: ...
 
     def safe_step(self) -> int:

@@ -1,0 +1,262 @@
+"""Every command that the documentation tells people to type is typed here, or by another test, or is listed with the reason why none can."""
+
+import ast
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from tests.documentation import PAGES, PROJECT, commands
+from tests.footage import moving, write_video
+from tests.pipelines.conftest import at_work
+from tests.same_training import lineage_folder
+from vrt.params import load_params
+from vrt.training.session import build_network
+
+DOCUMENTED = {command for page in PAGES for command in commands(page)}
+BY_ANOTHER_TEST = {
+    "deploy/backup.sh /backups/vrt": "tests/test_topology.py",
+    "deploy/restore.sh /backups/vrt bucket": "tests/test_topology.py",
+    "deploy/restore.sh /backups/vrt mlflow": "tests/test_topology.py",
+    "REVISION=$(git rev-parse HEAD) docker compose up --build --detach": "tests/test_topology.py",
+    "make .venv/.installed": ".ci/run",
+    "make serve": "tests/pipelines/conftest.py",
+    "make test": ".ci/run",
+    "prefect flow-run cancel": "tests/pipelines/test_train_flow.py",
+    "prefect work-pool create vrt --type process": "tests/pipelines/conftest.py",
+    "prefect worker start --pool vrt": "tests/pipelines/conftest.py",
+    'python -c "from pipelines.train import train; train()"': "tests/pipelines/test_killed.py",
+    "vrt drill": "tests/stages/test_drill.py",
+    "vrt restore noisy.mp4 -o by-the-champion.mkv --checkpoint champion": "tests/test_tutorial.py",
+    "vrt restore noisy.mp4 -o restored.mp4 --preview": "tests/test_tutorial.py",
+    "vrt train --machines 2 --meet 10.0.0.1:29500": "tests/stages/test_together.py",
+    "vrt train --machines 2 --meet HOST:PORT": "tests/stages/test_together.py",
+    "VRT_MACHINES=2 VRT_MEET=10.0.0.1:29500 dvc repro": "tests/stages/test_together.py",
+    "prefect deployment run train/vrt -p machines=2 -p meet=10.0.0.1:29500": "tests/stages/test_together.py",
+}
+NO_ENGINE = "needs a container engine; tests/test_container.py and tests/test_topology.py run what it would"
+NO_CLUSTER = "needs a cluster; tests/pipelines/test_pools.py makes its jobs"
+MEASURES = "measures for minutes to hours; its results are committed"
+BY_NO_TEST = {
+    "docker build": NO_ENGINE,
+    "docker build --tag vrt --build-arg REVISION=$(git rev-parse HEAD) .": NO_ENGINE,
+    "docker build --tag vrt --build-arg TORCH_WHEELS=https://... .": NO_ENGINE,
+    "REVISION=$(git rev-parse HEAD) docker compose --file compose.yaml --file compose.gpu.yaml up --build --detach": NO_ENGINE,
+    "REVISION=$(git rev-parse HEAD) docker compose build": NO_ENGINE,
+    "docker compose run --rm mlflow sh -c 'mlflow db upgrade \"$MLFLOW_BACKEND_STORE_URI\"'": NO_ENGINE,
+    "docker compose run --rm worker ...": NO_ENGINE,
+    "docker compose run --rm worker prefect deployment run train/vrt": NO_ENGINE,
+    "docker compose stop worker": NO_ENGINE,
+    "docker compose up --detach": NO_ENGINE,
+    "docker run --rm --gpus all --shm-size 2g --stop-timeout 90 --env-file servers.env --volume vrt-data:/srv/vrt/data "
+    "--volume vrt-checkpoints:/srv/vrt/checkpoints --volume $PWD/params.yaml:/srv/vrt/params.yaml vrt vrt train": NO_ENGINE,
+    "docker stop": NO_ENGINE,
+    "kubectl create secret generic vrt-servers --from-env-file servers.env": NO_CLUSTER,
+    "make demo UV=uv": "needs uv",
+    "make lock": "needs uv, and a newer world",
+    "make test-long": "runs this test",
+    "prefect worker start --pool vrt-kubernetes": NO_CLUSTER,
+    "python -m benchmarks.data": MEASURES,
+    "python -m benchmarks.network": MEASURES,
+    "python -m benchmarks.scaling": MEASURES,
+    "python -m benchmarks.tiling": MEASURES,
+    "python -m docs.screenshots": "takes the pictures of the documentation, for people to look at",
+    "python -m pytest tests/data -n 2": "runs tests as .ci/run does",
+}
+ONLY_NAMED = {"dvc add", "vrt data import", "vrt restore", "vrt restore old.mp4"}
+
+
+class Reader:
+    """Types commands of the documentation in a workspace, as they stand there."""
+
+    def __init__(self, workspace, home: Path):
+        self.workspace = workspace
+        names = {f"GIT_{role}_{what}": "reader@home" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        self.environment = workspace.environment | names | {"HOME": str(home)}
+
+    def types(self, command: str, filled: Mapping[str, object] = {}, code: int = 0) -> str:  # noqa: B006
+        """What a documented command says, with its placeholders `filled`."""
+        assert command in DOCUMENTED, f"no page says {command!r}"
+        return self.does(command, filled, code)
+
+    def does(self, command: str, filled: Mapping[str, object] = {}, code: int = 0) -> str:  # noqa: B006
+        for placeholder, value in filled.items():
+            assert placeholder in command
+            command = command.replace(placeholder, str(value))
+        ended = subprocess.run(
+            ["bash", "-c", command],
+            cwd=self.workspace.root,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert ended.returncode == code, f"{command}\n{ended.stdout}"
+        return ended.stdout
+
+    def commits(self) -> None:
+        self.does("git add --all && git commit --quiet --allow-empty --message 'as it is now'")
+
+
+@pytest.fixture
+def reader(make_workspace, tmp_path) -> Reader:
+    return Reader(make_workspace("reader"), tmp_path)
+
+
+def test_every_documented_command_is_typed_or_accounted_for():
+    typed = {node.value for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert DOCUMENTED - typed == set()
+    assert {*BY_ANOTHER_TEST, *BY_NO_TEST} - DOCUMENTED == set()
+    assert [path for path in BY_ANOTHER_TEST.values() if not (PROJECT / path).exists()] == []
+
+
+@pytest.mark.long
+def test_what_people_type_about_a_training(reader, tmp_path):
+    workspace = reader.workspace
+    # Four processes share a batch.
+    workspace.edit(train__batch_size=4)
+    write_video(workspace.root / "old.mp4", moving(4, 40, 40))
+    shutil.copytree(workspace.root / "data/raw/tiny", workspace.root / "data/raw/other")
+    (workspace.root / ".gitignore").write_text("/checkpoints\n/model\n/data/prepared\n/.vrt\n__pycache__\n")
+    reader.commits()
+    reader.types("vrt services up")
+    reader.types("vrt services status")
+    reader.types("vrt services status --given")
+    reader.types("vrt doctor")
+    reader.types("vrt data check")
+    reader.types("vrt prepare")
+    reader.types("vrt train --processes 4")
+    reader.types("vrt train")
+    reader.types("python -m vrt train")
+    reader.types("dvc repro train")
+    reader.types("VRT_PROCESSES=4 dvc repro")
+    reader.types("dvc repro")
+    reader.types("dvc metrics show")
+    reader.types("dvc params diff; dvc metrics show; dvc plots show")
+    reader.types("dvc push")
+    shutil.rmtree(workspace.root / "model")
+    reader.types("dvc pull")
+    assert (workspace.root / "model/24_G.pth").exists()
+    reader.types("vrt checkpoints list")
+    reader.types("vrt checkpoints verify")
+    reader.types("vrt checkpoints repair")
+    reader.types("vrt checkpoints settle")
+    reader.types("vrt promote")
+    reader.types("vrt restore old.mp4 -o new.mp4")
+    reader.types("vrt evaluate")
+    reader.types("vrt evaluate --checkpoint best --dataset other")
+    reader.types("vrt weights convert FILE.pth FILE.safetensors", {"FILE": "model/24_G"})
+    workspace.edit(train__total_steps=28)
+    reader.types("torchrun --nproc-per-node 4 -m vrt train")
+    assert "28" in reader.types("vrt checkpoints list")
+
+    reader.commits()
+    first = lineage_folder(workspace)
+    reader.types("vrt reproduce RUN", {"RUN": first.name})
+    reader.types("dvc exp run -S optimizer.lr=1e-3")
+    reader.does("dvc exp run --queue -S seed=5")
+    reader.does("dvc exp run --queue -S seed=6")
+    reader.types("dvc exp run --run-all -j 2")
+    assert len(trainings(workspace)) == 4
+
+    workspace.edit(optimizer__lr=2e-3, train__total_steps=24)
+    assert "--resume never" in reader.types("vrt train", code=2)
+    reader.types("vrt train --resume never")
+    shutil.copytree(first, tmp_path / "kair", ignore=shutil.ignore_patterns("*.json*", "*.png"))
+    workspace.edit(name=f"{workspace.name}-adopted")
+    reader.types("vrt checkpoints adopt FOLDER", {"FOLDER": tmp_path / "kair"})
+    workspace.edit(train__total_steps=32)
+    assert "continuing after step 28 of 32" in reader.types("vrt train")
+
+
+def trainings(workspace) -> set[str]:
+    client = MlflowClient(workspace.environment["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("vrt").experiment_id
+    return {run.data.tags["vrt.lineage"] for run in client.search_runs([experiment], f"tags.`vrt.name` = '{workspace.name}'")}
+
+
+@pytest.mark.long
+def test_what_people_type_about_data_and_published_networks(reader, published_copy, tmp_path):
+    root = reader.workspace.root
+    published_copy("gopro", frames=6, size=(64, 64)).rename(tmp_path / "GOPRO_Large")
+    reader.types("vrt recipes")
+    reader.types("vrt data import --help")
+    write_video(root / "holiday.mp4", moving(48, 64, 64))
+    reader.types("vrt data import holiday.mp4 --name holiday")
+    reader.types("vrt data check holiday")
+    reader.types("dvc add data/raw/holiday")
+    for split in ("train", "val", "test"):
+        for recorded, name in (("sharp", "sharp"), ("blur", "degraded")):
+            shutil.copytree(tmp_path / "GOPRO_Large/train/GOPR0372_07_00" / recorded, root / f"pairs/{split}/of-{split}/{name}")
+    reader.types("vrt data import FOLDER --name mine --layout clips", {"FOLDER": "pairs"})
+
+    (root / "params.yaml").unlink()
+    reader.types("vrt init --recipe 006")
+    reader.types("vrt data check ~/GOPRO_Large --layout gopro")
+    reader.types("vrt data import ~/GOPRO_Large --name gopro --layout gopro")
+    reader.types("vrt prepare")
+    write_published_weights(root / "006_VRT_videodeblurring_GoPro.pth", root / "params.yaml")
+    assert "dB PSNR" in reader.types("vrt evaluate --checkpoint 006_VRT_videodeblurring_GoPro.pth")
+
+    (root / "params.yaml").unlink()
+    reader.types("vrt init --recipe 008")
+    write_video(root / "noisy.mp4", moving(2, 64, 64))
+    write_published_weights(root / "008_VRT_videodenoising_DAVIS.pth", root / "params.yaml")
+    reader.types(
+        "vrt restore noisy.mp4 -o restored.mp4 --params recipes/008_videodenoising_DAVIS.yaml "
+        "--checkpoint 008_VRT_videodenoising_DAVIS.pth --sigma 30"
+    )
+
+
+def write_published_weights(path: Path, params: Path) -> None:
+    """Weights of the shape of published ones; what they would make of a video is not what is looked at here."""
+    torch.save({"params": build_network(load_params(params).network).state_dict()}, path)
+
+
+@pytest.mark.long
+def test_what_people_type_about_prefect(reader):
+    workspace = reader.workspace
+    workspace.edit(train__batch_size=4)
+    shutil.copytree(PROJECT / "deploy", workspace.root / "deploy")
+    write_video(workspace.root / "old.mp4", moving(4, 40, 40))
+    with at_work(workspace):
+        reader.types("prefect deploy --all")
+        assert "Completed" in reader.types("prefect deployment run train/vrt --watch")
+        assert "Completed" in reader.types("prefect deployment run train/vrt", {"train/vrt": "train/vrt --watch"})
+        workspace.edit(train__total_steps=28)
+        assert "Completed" in reader.types("prefect deployment run train/vrt -p processes=4", {"train/vrt": "train/vrt --watch"})
+        places = "prefect deployment run restore/vrt -p input=$PWD/old.mp4 -p output=$PWD/new.mp4"
+        assert "Completed" in reader.types(places, {"restore/vrt": "restore/vrt --watch"})
+        # Its training takes GPUs and days, and a data set that people have to bring.
+        rehearsed = {"train/vrt": "train/vrt --watch -p dry_run=true"}
+        of_recipe = (
+            'prefect deployment run train/vrt -p recipe=006_videodeblurring_GoPro -p \'overrides={"name": "mine", "train.total_steps": 1000}\''
+        )
+        assert "Completed" in reader.types(of_recipe, rehearsed)
+    pool = {"vrt-kubernetes": f"vrt-kubernetes-{os.getpid()}"}
+    reader.types("prefect work-pool create vrt-kubernetes --type kubernetes --base-job-template deploy/kubernetes-pool.json", pool)
+    reader.types("prefect --no-prompt deploy pipelines/train.py:train --name kubernetes --pool vrt-kubernetes", pool)
+    reader.types("prefect deployment run train/kubernetes")
+
+
+@pytest.mark.long
+def test_the_first_command_of_the_readme_installs_trains_and_shows_what_was_gained(tmp_path):
+    subprocess.run(["git", "clone", "--quiet", str(PROJECT), str(tmp_path / "vrt")], check=True)
+    hidden = {"VRT_HOME", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL", "VIRTUAL_ENV", "PYTHONPATH"}
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    assert "make demo" in DOCUMENTED
+    try:
+        ended = subprocess.run(
+            ["make", "demo"], cwd=tmp_path / "vrt", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        assert ended.returncode == 0, ended.stdout
+        assert "restored clips gain" in ended.stdout and "Browse the checkpoints: http://127.0.0.1:" in ended.stdout, ended.stdout
+    finally:
+        subprocess.run([".venv/bin/vrt", "services", "down"], cwd=tmp_path / "vrt", env=environment, check=False)
