@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from tests.same_training import assert_same_training, lineage_folder
+from vrt.checkpoint.errors import StoreUnavailable
 from vrt.stages.together import wait_for_host
 
 BATCH = {"train__batch_size": 4}
@@ -102,7 +103,7 @@ def test_a_machine_that_comes_first_waits_for_the_one_where_all_meet():
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         port = reserved.getsockname()[1]
     meet = f"127.0.0.1:{port}"
-    with pytest.raises(ValueError, match=f"--meet {meet}: nothing answered there for 0 s .*start the same command on the machine that has"):
+    with pytest.raises(StoreUnavailable, match=f"--meet {meet}: nothing answered there for 0 s .*start the same command on the machine that has"):
         wait_for_host(meet, 0)
 
     opened = threading.Event()

@@ -241,7 +241,7 @@ class MlflowRun:
 
 def _unavailable(address: str, error: Exception) -> StoreUnavailable:
     # What was asked comes first in it, and at length; why there was no answer comes last.
-    reason = str(error).splitlines()[0].rpartition("Caused by ")[2][:200]
+    reason = (str(error) or type(error).__name__).splitlines()[0].rpartition("Caused by ")[2][:200]
     return StoreUnavailable(f"MLflow at {address} does not answer ({reason}); see `vrt services status`")
 
 

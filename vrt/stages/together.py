@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from vrt.checkpoint.curator import Curator
+from vrt.checkpoint.errors import StoreUnavailable
 from vrt.checkpoint.policy import ResumePolicy
 from vrt.checkpoint.tracking import Lineage
 from vrt.data.clips import PreparedData
@@ -116,7 +117,10 @@ def on_the_way_to(meet: str) -> Interface:
 
 
 def wait_for_host(meet: str, patience: float) -> None:
-    """Until something answers at HOST:PORT, for which torchrun itself would wait a minute. Raises ValueError after `patience` seconds."""
+    """Until something answers at HOST:PORT, for which torchrun itself would wait a minute.
+
+    Raises StoreUnavailable after `patience` seconds: it may come yet.
+    """
     host, _, port = meet.rpartition(":")
     ends, said = time.monotonic() + patience, False
     while True:
@@ -125,7 +129,7 @@ def wait_for_host(meet: str, patience: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > ends:
-                raise ValueError(
+                raise StoreUnavailable(
                     f"--meet {meet}: nothing answered there for {patience:.0f} s ({error}); start the same command on the machine that has "
                     "this address, then here again"
                 ) from None

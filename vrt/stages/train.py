@@ -131,8 +131,9 @@ def lead(training: Training, started: float) -> int:
                     f"the state after step {state.step} is not saved: {keeper.saver.failure}; run the same again: it goes on after step "
                     f"{keeper.saver.safe_step}"
                 )
-        if not conclude(keeper, "FINISHED" if done else "KILLED", lambda: stop.reason is not None):
-            return EXIT_FAILED if stop.reason is None else EXIT_CONTINUE_ME
+        # Not done: this process or another of the training was told to stop.
+        if not conclude(keeper, "FINISHED" if done else "KILLED", lambda: not done or stop.reason is not None):
+            return EXIT_FAILED if done and stop.reason is None else EXIT_CONTINUE_ME
         if not done:
             return EXIT_CONTINUE_ME
         leave_result(keeper.folder, state.step, state.history)
