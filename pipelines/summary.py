@@ -13,8 +13,9 @@ SCORES = Path("reports/evaluation/metrics.json")
 def closing_page(folder: Path, attempts: Sequence[Attempt], checkpoints: Sequence[Mapping[str, Any]]) -> str:
     """In markdown: what was gained, what each attempt lost and how soon it went on, and the checkpoints there are."""
     scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-    status = attempts[-1].status
-    linked = f"[{status.lineage}]({status.page})" if status else "Nothing was stale: the model is that of an earlier run."
+    # One that only fetched what was trained says nothing.
+    status = next((attempt.status for attempt in reversed(attempts) if attempt.status), None)
+    linked = f"[{status.lineage}]({status.page})" if status else "Nothing was left to train: the model is that of an earlier run."
     measured = ["| test clips | input | restored |", "|---|---|---|"]
     for name in ("psnr", "ssim"):
         measured.append(f"| {name.upper()} | {scores[f'input_{name}']:.3f} | {scores[name]:.3f} |")

@@ -25,7 +25,11 @@ def text_of(address: str) -> str:
 
 
 def shows(address: str, *words: str) -> None:
-    """Assert that a page shows all of these, sooner or later."""
+    """Assert that a page shows all of these at once, sooner or later."""
     ends = time.monotonic() + PATIENCE_SECONDS
-    while missing := [word for word in words if word not in (text := text_of(address))]:
+    while True:
+        text = text_of(address)
+        missing = [word for word in words if word not in text]
+        if not missing:
+            return
         assert time.monotonic() < ends, f"{address} does not show {missing}; it shows: {text[:3000]}"

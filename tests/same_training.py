@@ -1,4 +1,4 @@
-"""Whether two trainings came out the same, bit by bit, in their files and in MLflow."""
+"""What trainings there are, and whether two came out the same, bit by bit, in their files and in MLflow."""
 
 import torch
 from mlflow import MlflowClient
@@ -9,6 +9,13 @@ DETERMINISTIC = ("train/loss", "train/lr", "val/psnr", "val/ssim")
 def lineage_folder(workspace):
     (folder,) = (path for path in (workspace.root / "checkpoints").iterdir() if path.is_dir())
     return folder
+
+
+def lineages(workspace) -> dict[str, dict[str, str]]:
+    """The tags of every training of the workspace's name in MLflow, by lineage."""
+    client = MlflowClient(workspace.environment["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("vrt").experiment_id
+    return {run.data.tags["vrt.lineage"]: run.data.tags for run in client.search_runs([experiment], f"tags.`vrt.name` = '{workspace.name}'")}
 
 
 def metric_points(workspace) -> dict[str, list[tuple[int, float]]]:

@@ -31,7 +31,7 @@ class TrainingStatus:
     step: int = 0
     """The newest step that was logged."""
     registered: int = 0
-    """The newest registered step."""
+    """The newest registered step; on a machine that does not lead, as of the start of the attempt."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
     """Why it failed, as far as it could say so."""

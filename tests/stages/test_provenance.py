@@ -5,8 +5,8 @@ import shutil
 import subprocess
 
 import pytest
-from mlflow import MlflowClient
 
+from tests.same_training import lineages
 from vrt.services import project, state
 from vrt.stages import provenance
 from vrt.stages.provenance import CODE, ENVIRONMENT, differences, without_credentials
@@ -56,13 +56,6 @@ def test_without_git_the_version_is_that_of_the_image_or_unknown(monkeypatch):
 def git(folder, *arguments: str) -> str:
     command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
     return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def lineages(workspace) -> dict[str, dict]:
-    """The tags of every training of the workspace's name in MLflow, by lineage."""
-    client = MlflowClient(workspace.environment["MLFLOW_TRACKING_URI"])
-    experiment = client.get_experiment_by_name("vrt").experiment_id
-    return {run.data.tags["vrt.lineage"]: run.data.tags for run in client.search_runs([experiment], f"tags.`vrt.name` = '{workspace.name}'")}
 
 
 @pytest.mark.long

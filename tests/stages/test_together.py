@@ -19,8 +19,13 @@ import pytest
 import torch
 
 from tests.same_training import assert_same_training, lineage_folder
+from vrt.checkpoint.curator import Curator
 from vrt.checkpoint.errors import StoreUnavailable
-from vrt.stages.together import wait_for_host
+from vrt.data.clips import PreparedData
+from vrt.params import load_params, with_resume
+from vrt.stages import PREPARED
+from vrt.stages.lineage import lineage_of
+from vrt.stages.together import is_trained, wait_for_host
 
 BATCH = {"train__batch_size": 4}
 
@@ -119,6 +124,29 @@ def test_a_machine_that_comes_first_waits_for_the_one_where_all_meet():
     wait_for_host(meet, 60)
     assert opened.is_set()
     late.join()
+
+
+def test_only_what_ended_with_everything_registered_is_not_met_for_again(uninterrupted, services, monkeypatch):
+    monkeypatch.chdir(uninterrupted.root)
+    params = load_params(Path("params.yaml"))
+    registry = Curator(lineage_of(params, PreparedData.open(PREPARED)))
+
+    def trained(policy: str = "auto", steps: int = 24) -> bool:
+        train = params.train.model_copy(update={"total_steps": steps})
+        return is_trained(registry.lineage, with_resume(params, policy).model_copy(update={"train": train}))
+
+    assert trained() and trained("must")
+    assert not trained(steps=28)
+    assert not trained("never"), "it asks for another training"
+    registry.attach()
+    registry.note("began", "never")
+    try:
+        assert trained("never") and not trained("8")
+        registry.close("FAILED")
+        assert not trained()
+    finally:
+        registry.note("began", "")
+        registry.close("FINISHED")
 
 
 def test_what_several_processes_can_not_do_is_said_once(make_workspace):

@@ -198,6 +198,12 @@ class MlflowRun:
         with self.guarded() as client:
             client.set_terminated(self.run_id, status)
 
+    @property
+    def finished(self) -> bool:
+        """Whether the newest attempt trained to the end, and everything was registered and sent."""
+        with self.guarded() as client:
+            return client.get_run(self.run_id).info.status == "FINISHED"
+
     def settle(self, abandoned: Callable[[], bool]) -> bool:
         """Mark the run KILLED where it is taken to be running and nobody trains it any more. True: it was so."""
         with self.guarded() as client:

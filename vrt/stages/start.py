@@ -75,7 +75,7 @@ def resume(
     Raises CheckpointError where the policy can't be followed; the reasons are noted on the run, too.
     """
     lineage = registry.lineage.id
-    again = policy.begins and registry.noted("began") == str(policy)
+    again = policy.begins and begun(registry, policy)
     if again:
         way = "to begin so again, start once with `vrt train --resume auto` in between"
         log.info("%s: resume: %s was done by an earlier attempt; going on from the newest checkpoint (%s)", lineage, policy, way)
@@ -117,6 +117,11 @@ def resume(
             state.step,
         )
     return True
+
+
+def begun(registry: Curator, policy: ResumePolicy) -> bool:
+    """Whether an earlier attempt has done what the policy says of how to begin."""
+    return registry.noted("began") == str(policy)
 
 
 def _keep_files_without_manifest(folder: CheckpointFolder) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from vrt.checkpoint.curator import Curator
 from vrt.checkpoint.errors import StoreUnavailable
+from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.policy import ResumePolicy
 from vrt.checkpoint.tracking import Lineage
 from vrt.data.clips import PreparedData
@@ -22,9 +23,10 @@ from vrt.data.sampler import Share, check_sampling
 from vrt.lifecycle import EXIT_DONE, EXIT_FAILED, OUTCOME, SECONDS_TO_SAVE, StopRequest, torchrun_rank
 from vrt.observe import log
 from vrt.params import Params, load_params, with_resume
-from vrt.stages import PREPARED
+from vrt.stages import CHECKPOINTS, PREPARED
 from vrt.stages.lineage import lineage_of
 from vrt.stages.result import fetch_result
+from vrt.stages.start import begun
 
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_MEET = 600.0
@@ -49,10 +51,10 @@ def train_together(params_path: Path, resume: str | None, processes: int | str |
         params = with_resume(params, resume)
     data = PreparedData.open(PREPARED)
     check_sampling(data, params)
-    lineage = lineage_of(params, data)
+    lineage, last = lineage_of(params, data), params.train.total_steps
     if machines > 1 and is_trained(lineage, params):
         # The others have ended, and nobody will come to meet this one.
-        fetch_result(lineage, params_path, params.train.total_steps)
+        fetch_result(lineage, params_path, last)
         return EXIT_DONE
     here = loopback() if meet is None else on_the_way_to(meet)
     where = ["--standalone"]
@@ -67,13 +69,21 @@ def train_together(params_path: Path, resume: str | None, processes: int | str |
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *where]
     command += ["--max-restarts", "0", "--monitor-interval", "0.5", "--shutdown-timeout", str(SECONDS_TO_SAVE), "-m", "vrt", "train", *told]
     with tempfile.TemporaryDirectory(prefix="vrt-") as folder:
-        return _launch(command, Path(folder) / "outcome", params.train.threads, here.name)
+        code = _launch(command, Path(folder) / "outcome", params.train.threads, here.name)
+    if code == EXIT_DONE and last not in CheckpointFolder(CHECKPOINTS / lineage.id).steps():
+        # Another machine led. Not in the process that trained: torchrun gives those that end later than others five minutes.
+        fetch_result(lineage, params_path, last)
+    return code
 
 
 def is_trained(lineage: Lineage, params: Params) -> bool:
-    """Whether the last step is registered, and the params don't ask for it to be trained anew."""
-    latest = Curator(lineage).latest()
-    return latest is not None and latest.step == params.train.total_steps and not ResumePolicy.parse(params.checkpoints.resume).begins
+    """Whether the last step is registered, nothing was missing then, and the params don't ask for it to be trained anew."""
+    registry = Curator(lineage)
+    latest = registry.latest()
+    if latest is None or latest.step != params.train.total_steps or not registry.attach() or not registry.finished:
+        return False
+    policy = ResumePolicy.parse(params.checkpoints.resume)
+    return not policy.begins or begun(registry, policy)
 
 
 def processes_here(params: Params, wanted: int | str, machines: int = 1) -> int:

@@ -36,7 +36,7 @@ from vrt.stages import CHECKPOINTS, PREPARED
 from vrt.stages.lineage import lineage_of, origin_here
 from vrt.stages.predictor import predictor_files
 from vrt.stages.provenance import code_version, collect, folder_of
-from vrt.stages.result import fetch_result, leave_result
+from vrt.stages.result import leave_result
 from vrt.stages.run_page import about_checkpoints, run_page
 from vrt.stages.start import refuse_surprise, resume
 from vrt.status import STATUS, StatusFile, TrainingStatus
@@ -81,7 +81,7 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
             {"params": fingerprint(params.model_dump(mode="json")), "data": data.digest, "torch": torch.__version__, "code": code_version()}
         )
         training = Training(params, params_path, data, lineage, device, team, stop)
-        # Nobody ends before the one that leads has everything registered, and all end as that one does.
+        # Nobody ends before the one that leads has everything registered; then all end as that one does.
         return team.from_leader(lead(training, started)) if team.leads else follow(training, started)
 
 
@@ -144,7 +144,7 @@ def lead(training: Training, started: float) -> int:
 def follow(training: Training, started: float) -> int:
     """Train beside the process that leads: the same steps, on another share of each batch. It saves nothing and speaks to nobody.
 
-    But the first process of another machine says there how the training stands, and at the end fetches the result.
+    But the first process of another machine says there how the training stands.
     """
     team = training.team
     told = team.from_leader(None)
@@ -154,19 +154,16 @@ def follow(training: Training, started: float) -> int:
     # Only what the leader saves and validates has an average.
     state.ema = None
     hand_out(state, team)
-    if not team.first_away:
-        train_from(state, training, Unkept(lambda row: None))
+    with ExitStack() as at_the_end:
+        unkept = Unkept()
+        if team.first_away:
+            CHECKPOINTS.mkdir(exist_ok=True)
+            status = StatusFile(STATUS, replace(TrainingStatus(**told), started=started))
+            at_the_end.enter_context(status.reporting(lambda: state.step))
+            status.begins(state.step)
+            unkept = Unkept(status.seen)
+        train_from(state, training, unkept)
         return team.from_leader(None)
-    CHECKPOINTS.mkdir(exist_ok=True)
-    status = StatusFile(STATUS, replace(TrainingStatus(**told), started=started))
-    with status.reporting(lambda: state.step):
-        status.begins(state.step)
-        train_from(state, training, Unkept(status.seen))
-        code = team.from_leader(None)
-        if code == EXIT_DONE:
-            fetch_result(training.lineage, training.params_path, state.step)
-            status.registered(state.step)
-    return code
 
 
 def train_from(state: TrainingState, training: Training, checkpoints: Checkpoints) -> bool:

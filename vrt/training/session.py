@@ -166,7 +166,7 @@ def hand_out(state: TrainingState, team: Team) -> None:
 class Unkept:
     """The `Checkpoints` of a process that follows another: that one keeps them."""
 
-    def __init__(self, seen: Callable[[Row], None]):
+    def __init__(self, seen: Callable[[Row], None] = lambda row: None):
         """`seen` is called with each step's metrics."""
         self.send = seen
 
