@@ -228,7 +228,7 @@ def make_workspace(tmp_path_factory: pytest.TempPathFactory, local_services: "Lo
     def make(name: str) -> Workspace:
         root = tmp_path_factory.mktemp(name)
         for path in ("vrt", "pipelines", "recipes"):
-            shutil.copytree(REPOSITORY / path, root / path, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(REPOSITORY / path, root / path)
         (root / ".dvc").mkdir()
         for path in ("dvc.yaml", "prefect.yaml", ".dvcignore", ".gitignore", ".dvc/config"):
             shutil.copy2(REPOSITORY / path, root / path)

@@ -83,6 +83,7 @@ def test_what_goes_wrong_again_and_again_fails_and_what_is_refused_is_not_tried_
     assert "attempt 1" not in worker.workspace.log.read_text(), "it is not tried again"
 
 
+@pytest.mark.long
 def test_what_is_not_wanted_any_more_saves_and_ends(worker):
     cancelled = worker.start("train/vrt", overrides=ENDLESS | {"name": "cancelled"})
     worker.wait_for("checkpoint 4 registered")

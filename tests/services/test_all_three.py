@@ -70,6 +70,7 @@ def test_what_was_stored_survives_kill_9_of_everything(full_home):
     assert ask(f"{at.prefect}/variables/name/lineage")["id"] == variable["id"]
 
 
+@pytest.mark.long
 def test_mlflow_follows_an_s3_server_that_had_to_move(full_home):
     before = {service.name: service for service in services.up(full_home)}
     kill_9(process.members(servers.mark("s3", full_home / "services")))

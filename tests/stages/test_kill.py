@@ -10,6 +10,7 @@ import sys
 import time
 
 import psutil
+import pytest
 
 from tests.same_training import assert_same_training
 
@@ -32,6 +33,7 @@ def test_killed_and_moved_to_an_empty_machine_the_training_ends_bit_identically(
     assert_same_training(uninterrupted, workspace)
 
 
+@pytest.mark.long
 def test_after_dvc_is_killed_the_next_repro_waits_for_the_orphan_and_continues(make_workspace, uninterrupted):
     workspace = make_workspace("repro")
     dvc = workspace.start("dvc", "repro", "train")

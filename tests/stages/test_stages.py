@@ -90,13 +90,14 @@ INTERPOLATION = {
 TWO_WORKERS = {"data__workers": 2, "train__batch_size": 2}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [
         # The recipes' own tests train these in the test's process; here whole commands do.
-        pytest.param(SUPER_RESOLUTION, marks=pytest.mark.long, id="x4"),
-        pytest.param(NON_BLIND, marks=pytest.mark.long, id="non-blind"),
-        pytest.param(WITHOUT_EMA, marks=pytest.mark.long, id="no EMA"),
+        pytest.param(SUPER_RESOLUTION, id="x4"),
+        pytest.param(NON_BLIND, id="non-blind"),
+        pytest.param(WITHOUT_EMA, id="no EMA"),
         pytest.param(INTERPOLATION, id="between"),
         pytest.param(TWO_WORKERS, id="workers"),
     ],

@@ -94,6 +94,7 @@ def test_a_fork_goes_on_as_its_parent_did_and_is_a_lineage_of_its_own_that_wins_
             run_training(Path("params.yaml"), wrong)
 
 
+@pytest.mark.long
 def test_a_step_is_gone_back_to_once_and_comes_out_the_same(project):
     project.train(8)
     before, versions = files(project.folder, 8), project.versions()

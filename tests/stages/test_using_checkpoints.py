@@ -87,6 +87,7 @@ def test_a_video_is_restored_with_the_latest_checkpoint(here, lineage, tmp_path)
     assert len(list(video_frames(tmp_path / "out.mkv"))) == 4
 
 
+@pytest.mark.long
 def test_any_checkpoint_is_measured_on_any_test_set_and_the_better_one_is_the_champion(here, lineage, monkeypatch):
     shutil.copytree("data/raw/tiny", "data/raw/other", dirs_exist_ok=True)
     measured = here.run("vrt", "evaluate", "--checkpoint", f"{lineage}@4", "--dataset", "other")
