@@ -25,8 +25,8 @@ Recipe = StrEnum("Recipe", {path.stem: path.stem for path in sorted(RECIPES.glob
 MEETING_POINT = r"^(\S+:[0-9]+)?$"
 RESUME_POLICY = r"^(auto|must|never|[0-9]+|fork [A-Za-z0-9][A-Za-z0-9._-]*@[0-9]+)$"
 
-# MLflow or S3 may be gone just when the training is done.
-PAUSES = [10, 30, 60, 120, 300, 300]
+# MLflow or S3 may be gone just when the training is done. Short pauses: a worker that dies is not noticed during one.
+PAUSES = [10, 20, *[30] * 26]
 
 
 class GivenUp(RuntimeError):

@@ -60,6 +60,18 @@ def test_processes_that_differ_are_told_which_and_how(torchrun):
     assert "data:" not in output
 
 
+def test_what_the_leader_fails_with_reaches_those_that_lose_it(torchrun):
+    script = """if team.leads:
+        team.leave_word(69)
+    else:
+        try:
+            team.any(False)
+        except PeerLost:
+            print(f"{team.rank} heard {team.word_of_leader()}", flush=True)"""
+    output, _ = torchrun(script, 3).communicate(timeout=120)
+    assert "1 heard 69" in output and "2 heard 69" in output, output
+
+
 @pytest.mark.long
 def test_a_silent_process_is_taken_for_dead(torchrun):
     # Stopped, it closes no connection, as on a host that lost its power.

@@ -5,14 +5,12 @@ import os
 import traceback
 from pathlib import Path
 
-from vrt.checkpoint.errors import StoreUnavailable
+from vrt.checkpoint.errors import exit_code_of
 from vrt.checkpoint.phases import Phase
 from vrt.lifecycle import (
-    EXIT_BAD_INPUT,
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
-    EXIT_UNAVAILABLE,
     MACHINES,
     MEET,
     PROCESSES,
@@ -35,21 +33,15 @@ def _run(args: argparse.Namespace) -> int:
     set_up_logging(torchrun_rank() or 0)
     try:
         return args.run(args)
-    except ValueError as error:
-        log.error("%s", error, exc_info=_is_ours_to_fix(error))
-        return EXIT_BAD_INPUT
     except OSError as error:
         log.error("%s: %s; free space there or mend the rights, and run the same again", error.filename or "a file", error.strerror or error)
         return EXIT_FAILED
     except KeyboardInterrupt:
         log.error("interrupted; what was registered before is safe")
         return EXIT_INTERRUPTED
-    except StoreUnavailable as error:
-        log.error("%s", error)
-        return EXIT_UNAVAILABLE
-    except (RuntimeError, FloatingPointError) as error:
+    except (ValueError, RuntimeError, FloatingPointError) as error:
         log.error("%s", error, exc_info=_is_ours_to_fix(error))
-        return EXIT_FAILED
+        return exit_code_of(error)
 
 
 def _is_ours_to_fix(error: Exception) -> bool:

@@ -14,7 +14,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -67,6 +67,13 @@ class Team:
 
     def check_same(self, facts: Mapping[str, str]) -> None:
         """Raises ValueError in every process, naming ranks and values, where not all were started with the same facts."""
+
+    def leave_word(self, code: int) -> None:
+        """Where this process leads: tell the others, which are about to lose it, the exit code that it fails with."""
+
+    def word_of_leader(self) -> int | None:
+        """The exit code that rank 0, now lost, said it fails with; None: it said none, or this is rank 0."""
+        return None
 
 
 ALONE = Team()
@@ -122,6 +129,14 @@ class Torchrun(Team):
             listed = "\n  ".join(differing)
             raise ValueError(f"the {self.size} processes of this training differ, but all must be started alike:\n  {listed}")
 
+    def leave_word(self, code: int) -> None:
+        if self.leads and not self._heart.missed:
+            self._heart.leave_word(str(code))
+
+    def word_of_leader(self) -> int | None:
+        word = "" if self.leads or self._heart.missed else self._heart.word()
+        return int(word) if word else None
+
     def _sum(self, tensor: torch.Tensor) -> None:
         self._wait(lambda: dist.all_reduce(tensor, async_op=True))
 
@@ -157,7 +172,7 @@ class Heart:
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=SECONDS_OF_SILENCE)
         )
         # Attempts of one torchrun would hear each other's beats.
-        self._prefix = f"vrt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/beat"
+        self._prefix = f"vrt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._lost = ""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
@@ -172,6 +187,21 @@ class Heart:
     def missed(self) -> bool:
         return bool(self._lost)
 
+    def leave_word(self, word: str) -> None:
+        """Keep a word for the others, for as long as the host that they meet at is there."""
+        with suppress(RuntimeError):
+            # Without that host the others are about to end anyway, by the silence of this heart.
+            self._store.set(f"{self._prefix}/word", word)
+
+    def word(self) -> str:
+        """The word that was left; nothing: there is none."""
+        try:
+            key = f"{self._prefix}/word"
+            return self._store.get(key).decode() if self._store.check([key]) else ""
+        except RuntimeError:
+            # The host is gone, and the word with it.
+            return ""
+
     def stop(self) -> None:
         self._stopped.set()
         self._thread.join()
@@ -180,8 +210,8 @@ class Heart:
         heard = {other: (-1, time.monotonic()) for other in self._others}
         while not self._stopped.wait(SECONDS_BETWEEN_BEATS):
             try:
-                self._store.add(f"{self._prefix}/{self._rank}", 1)
-                counts = {other: self._store.add(f"{self._prefix}/{other}", 0) for other in self._others}
+                self._store.add(f"{self._prefix}/beat/{self._rank}", 1)
+                counts = {other: self._store.add(f"{self._prefix}/beat/{other}", 0) for other in self._others}
             except RuntimeError as error:
                 self._lost = f"the host that torchrun's processes meet at does not answer ({str(error).splitlines()[0]})"
                 return

@@ -1,5 +1,7 @@
 """What can go wrong with a checkpoint, by what its user has to do about it."""
 
+from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_UNAVAILABLE
+
 
 class CheckpointError(ValueError):
     """A checkpoint can't be used or written as it is; the message says which, why, and the way on."""
@@ -31,3 +33,10 @@ class LockedError(RuntimeError):
 
 class LeaseLost(RuntimeError):
     """Another trainer took the lineage over: this one may publish nothing more."""
+
+
+def exit_code_of(error: Exception) -> int:
+    """What tells whoever launched a command what to do about the error that ended it."""
+    if isinstance(error, ValueError):
+        return EXIT_BAD_INPUT
+    return EXIT_UNAVAILABLE if isinstance(error, StoreUnavailable) else EXIT_FAILED

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ from vrt.checkpoint.policy import ResumePolicy
 from vrt.checkpoint.tracking import Lineage
 from vrt.data.clips import PreparedData
 from vrt.data.sampler import Share, check_sampling
-from vrt.lifecycle import EXIT_DONE, EXIT_FAILED, OUTCOME, SECONDS_TO_SAVE, StopRequest, torchrun_rank
+from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, OUTCOME, SECONDS_TO_SAVE, StopRequest, torchrun_rank
 from vrt.observe import log
 from vrt.params import Params, load_params, with_resume
 from vrt.stages import CHECKPOINTS, PREPARED
@@ -30,14 +32,15 @@ from vrt.stages.start import begun
 
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_MEET = 600.0
-"""As long as torchrun, on the machine where all meet, waits for the others."""
+"""How long a machine waits for the others."""
 
 
 def train_together(params_path: Path, resume: str | None, processes: int | str | None, machines: int, meet: str | None) -> int | None:
     """Train with as many processes as asked for, on this machine and (`machines`) on others. Returns the exit code of the one that leads here.
 
     None: this process is to train itself, since it is one of those, or the only one.
-    Raises ValueError for whatever is wrong with params and data, once, before any process starts.
+    Raises ValueError for whatever is wrong with params and data, once, before any process starts; StoreUnavailable where the other
+    machines do not come.
     """
     if torchrun_rank() is not None:
         return None
@@ -52,28 +55,47 @@ def train_together(params_path: Path, resume: str | None, processes: int | str |
     data = PreparedData.open(PREPARED)
     check_sampling(data, params)
     lineage, last = lineage_of(params, data), params.train.total_steps
-    if machines > 1 and is_trained(lineage, params):
-        # The others have ended, and nobody will come to meet this one.
-        fetch_result(lineage, params_path, last)
-        return EXIT_DONE
-    here = loopback() if meet is None else on_the_way_to(meet)
-    where = ["--standalone"]
-    if meet is not None:
-        where = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", meet, "--rdzv-id", params.name]
-        # torchrun knows its machine by name only, not by its addresses.
-        where += ["--local-addr", here.address, "--rdzv-conf", f"is_host={here.is_meeting_point}"]
-        if not here.is_meeting_point:
-            wait_for_host(meet, SECONDS_TO_MEET)
-    log.info("training with %d processes%s", count * machines, f" on {machines} machines" if machines > 1 else "")
-    told = ["--params", str(params_path), *(["--resume", resume] if resume else [])]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *where]
-    command += ["--max-restarts", "0", "--monitor-interval", "0.5", "--shutdown-timeout", str(SECONDS_TO_SAVE), "-m", "vrt", "train", *told]
-    with tempfile.TemporaryDirectory(prefix="vrt-") as folder:
-        code = _launch(command, Path(folder) / "outcome", params.train.threads, here.name)
-    if code == EXIT_DONE and last not in CheckpointFolder(CHECKPOINTS / lineage.id).steps():
-        # Another machine led. Not in the process that trained: torchrun gives those that end later than others five minutes.
-        fetch_result(lineage, params_path, last)
-    return code
+    # What is fetched below is at hand when it is told to stop: that is finished first.
+    with StopRequest() as stop:
+        if machines > 1 and is_trained(lineage, params):
+            # The others have ended, and nobody will come to meet this one.
+            fetch_result(lineage, params_path, last)
+            return EXIT_DONE
+        here = loopback() if meet is None else on_the_way_to(meet)
+        if meet is not None and not here.is_meeting_point and not wait_for_host(meet, SECONDS_TO_MEET, lambda: stop.reason is not None):
+            return EXIT_CONTINUE_ME
+        log.info("training with %d processes%s", count * machines, f" on {machines} machines" if machines > 1 else "")
+        told = ["--params", str(params_path), *(["--resume", resume] if resume else [])]
+        with tempfile.TemporaryDirectory(prefix="vrt-") as folder:
+            command = _torchrun(count, meeting(machines, meet, here, params.name), told)
+            code = _launch(command, Path(folder) / "outcome", params.train.threads, here.name, stop)
+        if code is None and meet is None:
+            return EXIT_FAILED
+        if code is None:
+            raise StoreUnavailable(
+                f"--meet {meet}: not all of the {machines} machines met there within {SECONDS_TO_MEET:.0f} s, or others were still there; start the "
+                "same command on each of them"
+            )
+        if code == EXIT_DONE and last not in CheckpointFolder(CHECKPOINTS / lineage.id).steps():
+            # Another machine led. Not in the process that trained: torchrun gives those that end later than others five minutes.
+            fetch_result(lineage, params_path, last)
+        return code
+
+
+def meeting(machines: int, meet: str | None, here: "Interface", name: str) -> list[str]:
+    """What tells torchrun where the machines of the training `name` meet."""
+    if meet is None:
+        return ["--standalone"]
+    # torchrun knows its machine by name only, not by its addresses.
+    conf = f"is_host={here.is_meeting_point},join_timeout={SECONDS_TO_MEET:.0f}"
+    where = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", meet, "--rdzv-id", name]
+    return [*where, "--local-addr", here.address, "--rdzv-conf", conf]
+
+
+def _torchrun(processes: int, where: list[str], told: list[str]) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *where]
+    command += ["--max-restarts", "0", "--monitor-interval", "0.5", "--shutdown-timeout", str(SECONDS_TO_SAVE)]
+    return [*command, "-m", "vrt", "train", *told]
 
 
 def is_trained(lineage: Lineage, params: Params) -> bool:
@@ -126,17 +148,17 @@ def on_the_way_to(meet: str) -> Interface:
         raise ValueError(f"--meet {meet}: this machine knows no way there ({error.strerror}); expected an address that all machines reach") from None
 
 
-def wait_for_host(meet: str, patience: float) -> None:
-    """Until something answers at HOST:PORT, for which torchrun itself would wait a minute.
+def wait_for_host(meet: str, patience: float, give_up: Callable[[], bool]) -> bool:
+    """Until something answers at HOST:PORT, for which torchrun itself would wait a minute. False: given up before.
 
     Raises StoreUnavailable after `patience` seconds: it may come yet.
     """
     host, _, port = meet.rpartition(":")
     ends, said = time.monotonic() + patience, False
-    while True:
+    while not give_up():
         try:
             socket.create_connection((host, int(port)), timeout=2).close()
-            return
+            return True
         except OSError as error:
             if time.monotonic() > ends:
                 raise StoreUnavailable(
@@ -147,6 +169,7 @@ def wait_for_host(meet: str, patience: float) -> None:
             log.info("waiting for the machine with %s", meet)
             said = True
         time.sleep(1)
+    return False
 
 
 def _interface_of(address: str, meet: str) -> Interface:
@@ -154,34 +177,45 @@ def _interface_of(address: str, meet: str) -> Interface:
     return Interface(next(owners), address, address == meet)
 
 
-def _launch(command: list[str], outcome: Path, threads: int, interface: str) -> int:
+def _launch(command: list[str], outcome: Path, threads: int, interface: str, stop: StopRequest) -> int | None:
+    """Run torchrun to its end. Returns what its first process here ended with; None: torchrun ended, and had never started one."""
     # torchrun would set one thread and warn of it. Left alone, gloo looks for the machine's own name, which leads nowhere without a network.
     environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": interface, **os.environ, OUTCOME: str(outcome)}
     # In a group of its own: a signal to this one's asks to save, but torchrun would take it for its own end.
-    with StopRequest() as stop, subprocess.Popen(command, env=environment, process_group=0) as torchrun:
-        passed_on = False
+    with subprocess.Popen(command, env=environment, process_group=0) as torchrun:
+        started = passed_on = False
         while torchrun.poll() is None:
+            workers = _workers_of(torchrun.pid)
+            started = started or bool(workers)
             if stop.reason and not passed_on:
-                passed_on = _ask_to_stop(torchrun.pid)
+                passed_on = True
+                if started:
+                    _ask_to_stop(workers)
+                else:
+                    # It waits for other machines: there is nothing to save.
+                    torchrun.terminate()
             try:
                 torchrun.wait(SECONDS_BETWEEN_LOOKS)
             except subprocess.TimeoutExpired:
                 continue
+    if not started:
+        return EXIT_CONTINUE_ME if stop.reason else None
     said = outcome.with_name(f"{outcome.name}.0")
     code = int(said.read_text()) if said.exists() else EXIT_FAILED
     # The process that leads may have done its part when another failed.
     return code if code != EXIT_DONE or torchrun.returncode == 0 else EXIT_FAILED
 
 
-def _ask_to_stop(torchrun: int) -> bool:
-    """Ask every process that torchrun started to save and end. False: none is there yet to be asked."""
+def _workers_of(torchrun: int) -> list[psutil.Process]:
     try:
-        workers = psutil.Process(torchrun).children()
+        return [child for child in psutil.Process(torchrun).children() if "RANK" in child.environ()]
     except psutil.NoSuchProcess:
-        return True
+        # One ended while we looked: the next look tells.
+        return []
+
+
+def _ask_to_stop(workers: list[psutil.Process]) -> None:
+    """Ask processes that torchrun started to save and end."""
     for worker in workers:
-        try:
+        with suppress(psutil.NoSuchProcess):
             worker.send_signal(signal.SIGUSR1)
-        except psutil.NoSuchProcess:
-            continue
-    return bool(workers)

@@ -11,6 +11,7 @@ import torch
 
 from vrt.checkpoint.claims import claims_on
 from vrt.checkpoint.curator import Curator
+from vrt.checkpoint.errors import exit_code_of
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.lease import Lease
 from vrt.checkpoint.lock import locked
@@ -24,7 +25,7 @@ from vrt.checkpoint.tracking import Lineage
 from vrt.data.clips import PreparedData
 from vrt.data.loading import training_batches
 from vrt.data.sampler import Share, check_sampling
-from vrt.distributed import Team, device_here, joined
+from vrt.distributed import PeerLost, Team, device_here, joined
 from vrt.evaluation.pictures import png, preview
 from vrt.evaluation.run import validate
 from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, StopRequest
@@ -77,12 +78,18 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
     lineage = lineage_of(params, data)
     device = device_here()
     with StopRequest() as stop, determinism(params.train.deterministic), computing(params.train.precision), joined(device) as team:
-        team.check_same(
-            {"params": fingerprint(params.model_dump(mode="json")), "data": data.digest, "torch": torch.__version__, "code": code_version()}
-        )
         training = Training(params, params_path, data, lineage, device, team, stop)
-        # Nobody ends before the one that leads has everything registered; then all end as that one does.
-        return team.from_leader(lead(training, started)) if team.leads else follow(training, started)
+        try:
+            return train_in_team(training, started)
+        except PeerLost as lost:
+            # A leader that can't begin is no crash of the others: whoever launched them would give up after three.
+            if (code := team.word_of_leader()) is None:
+                raise
+            log.error("%s", lost)
+            return code
+        except Exception as error:
+            team.leave_word(exit_code_of(error))
+            raise
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,13 @@ class Training:
     device: torch.device
     team: Team
     stop: StopRequest
+
+
+def train_in_team(training: Training, started: float) -> int:
+    """Do this process's part. Nobody ends before the one that leads has everything registered; then all end as that one does."""
+    params, data, team = training.params, training.data, training.team
+    team.check_same({"params": fingerprint(params.model_dump(mode="json")), "data": data.digest, "torch": torch.__version__, "code": code_version()})
+    return team.from_leader(lead(training, started)) if team.leads else follow(training, started)
 
 
 def lead(training: Training, started: float) -> int:
