@@ -171,7 +171,7 @@ class Workspace:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=600,
             **options,
         )
 
@@ -186,7 +186,7 @@ class Workspace:
 
     def wait_for(self, text: str, process: subprocess.Popen | psutil.Process) -> None:
         """Until the log of a started command says `text`."""
-        for _ in range(3000):
+        for _ in range(12_000):
             if text in self.log.read_text():
                 return
             assert psutil.pid_exists(process.pid) and psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE, (

@@ -18,7 +18,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-SECONDS_A_RUN_MAY_TAKE = 300
+SECONDS_A_RUN_MAY_TAKE = 600
 
 
 @dataclass
