@@ -69,9 +69,9 @@ def train_together(params_path: Path, resume: str | None, processes: int | str |
         with tempfile.TemporaryDirectory(prefix="vrt-") as folder:
             command = _torchrun(count, meeting(machines, meet, here, params.name), told)
             code = _launch(command, Path(folder) / "outcome", params.train.threads, here.name, stop)
-        if code is None and meet is None:
-            return EXIT_FAILED
         if code is None:
+            if meet is None:
+                return EXIT_FAILED
             raise StoreUnavailable(
                 f"--meet {meet}: not all of the {machines} machines met there within {SECONDS_TO_MEET:.0f} s, or others were still there; start the "
                 "same command on each of them"
@@ -187,9 +187,9 @@ def _launch(command: list[str], outcome: Path, threads: int, interface: str, sto
         while torchrun.poll() is None:
             workers = _workers_of(torchrun.pid)
             started = started or bool(workers)
-            if stop.reason and not passed_on:
+            if stop.reason and not passed_on and (workers or not started):
                 passed_on = True
-                if started:
+                if workers:
                     _ask_to_stop(workers)
                 else:
                     # It waits for other machines: there is nothing to save.
@@ -208,7 +208,7 @@ def _launch(command: list[str], outcome: Path, threads: int, interface: str, sto
 
 def _workers_of(torchrun: int) -> list[psutil.Process]:
     try:
-        return [child for child in psutil.Process(torchrun).children() if "RANK" in child.environ()]
+        return [child for child in psutil.Process(torchrun).children() if "TORCHELASTIC_RUN_ID" in child.environ()]
     except psutil.NoSuchProcess:
         # One ended while we looked: the next look tells.
         return []
