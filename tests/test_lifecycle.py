@@ -23,7 +23,7 @@ with StopRequest() as stop:
     while stop.reason is None:
         if select.select([sys.stdin], [], [], 0.05)[0]:
             break
-print(stop.reason, flush=True)
+    print(stop.reason, flush=True)
 """
 # Starts another script as a child and waits for it, as a shell, DVC, torchrun or a flow does.
 LAUNCHER = """
@@ -64,6 +64,26 @@ def test_a_signal_asks_to_stop_and_says_which(start, number: signal.Signals):
     trainer.send_signal(number)
     assert trainer.stdout.read() == f"received {number.name}\n"
     assert trainer.wait() == 0
+
+
+# Starts another script as torchrun's processes are started, and asks it to stop before it can have begun to listen.
+EAGER = """
+import signal, subprocess, sys
+from vrt.lifecycle import held_back
+
+with held_back(signal.SIGUSR1):
+    child = subprocess.Popen([sys.executable, "-u", *sys.argv[1:]])
+child.send_signal(signal.SIGUSR1)
+print(child.wait(), flush=True)
+"""
+
+
+def test_a_signal_that_comes_before_anybody_listens_is_heard(start):
+    trainer = start(EAGER, TRAINER)
+    # Without the signal, it ends with its input.
+    trainer.stdin.close()
+    trainer.stdout.readline()
+    assert trainer.stdout.read() == "received SIGUSR1\n0\n"
 
 
 # Saves for as long as it is asked whether it still does.

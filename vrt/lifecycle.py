@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -102,26 +104,40 @@ def tell_launcher(code: int) -> int:
     os._exit(code)
 
 
+@contextmanager
+def held_back(number: signal.Signals) -> Iterator[None]:
+    """Let a signal wait while the block runs, and with processes that it starts until they listen: before that, it would end them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class StopRequest:
     """Says why to stop after the current step, or None. Use it as a context manager in the main thread.
 
     SIGTERM and SIGUSR1 (preemption notices), the first Ctrl-C, and the death of a launcher set it. A second Ctrl-C interrupts the step.
+    A signal that came while whoever launched this process held it back (`held_back`) is heard at the start.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self._left = threading.Event()
         self._before: dict[int, object] = {}
+        self._held_back: set[int] = set()
 
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._before[number] = signal.signal(number, self._on_signal)
+        self._held_back = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         launchers()
         threading.Thread(target=self._watch, name="launcher watch", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._held_back)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
