@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 
+from tests.fork_server import ForkServer
 from vrt.data.prepare import prepare
 from vrt.services import Endpoints, endpoints, local, process, project, state
 
@@ -152,6 +153,14 @@ class Workspace:
 
     root: Path
     environment: Mapping[str, str]
+    fork_server: ForkServer
+
+    def vrt(self, *arguments: str, variables: Mapping[str, str] = {}) -> subprocess.CompletedProcess:  # noqa: B006
+        """`vrt ARGUMENTS` in the workspace to its end, forked off where all is imported; `stdout` holds all it printed.
+
+        It runs the repository's code, not the copy of it that is here.
+        """
+        return self.fork_server.run(arguments, self.root, {**self.environment, **variables})
 
     def start(self, *command: str, **options) -> subprocess.Popen:
         """`python -m COMMAND` in the workspace; its output goes to `log`, which is emptied first."""
@@ -161,18 +170,17 @@ class Workspace:
                 [sys.executable, "-m", *command], cwd=self.root, env=self.environment, stdout=output, stderr=subprocess.STDOUT, **options
             )
 
-    def run(self, *command: str, **options) -> subprocess.CompletedProcess:
+    def run(self, *command: str, cwd: Path | None = None, variables: Mapping[str, str] = {}) -> subprocess.CompletedProcess:  # noqa: B006
         """`python -m COMMAND` to its end; `stdout` holds all it printed."""
         return subprocess.run(
             [sys.executable, "-m", *command],
             check=False,
-            cwd=options.pop("cwd", self.root),
-            env={**self.environment, **options.pop("variables", {})},
+            cwd=cwd or self.root,
+            env={**self.environment, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             timeout=600,
-            **options,
         )
 
     @property
@@ -222,7 +230,15 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_workspace(tmp_path_factory: pytest.TempPathFactory, local_services: "LocalServices", tiny_data: Path) -> Callable[[str], Workspace]:
+def fork_server() -> Iterator[ForkServer]:
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def make_workspace(
+    tmp_path_factory: pytest.TempPathFactory, local_services: LocalServices, tiny_data: Path, fork_server: ForkServer
+) -> Callable[[str], Workspace]:
     """Makes workspaces against the session's services. Names are unique in the session, since a lineage is found by its name."""
 
     def make(name: str) -> Workspace:
@@ -237,7 +253,7 @@ def make_workspace(tmp_path_factory: pytest.TempPathFactory, local_services: "Lo
         subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
         project.configure(root, state.load(local_services.home / "services"), local_services.endpoints)
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        workspace = Workspace(root, {**local_services.environment, "PATH": path, "PYTHONPATH": str(root)})
+        workspace = Workspace(root, {**local_services.environment, "PATH": path, "PYTHONPATH": str(root)}, fork_server)
         workspace.edit(**TINY, name=f"{name}-{os.getpid()}-{time.monotonic_ns()}")
         return workspace
 
@@ -245,13 +261,13 @@ def make_workspace(tmp_path_factory: pytest.TempPathFactory, local_services: "Lo
 
 
 @pytest.fixture(scope="session")
-def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Workspace]:
+def make_project(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Callable[..., Workspace]:
     """Makes folders with the params of a tiny recipe, some changed, for what needs neither data nor services."""
 
     def make(name: str, **values: object) -> Workspace:
         root = tmp_path_factory.mktemp(name)
         shutil.copy2(REPOSITORY / "recipes/quickstart.yaml", root / "params.yaml")
-        project = Workspace(root, {**os.environ, "PYTHONPATH": str(REPOSITORY), "VRT_HOME": str(root / ".vrt")})
+        project = Workspace(root, {**os.environ, "PYTHONPATH": str(REPOSITORY), "VRT_HOME": str(root / ".vrt")}, fork_server)
         project.edit(**{**TINY, **values})
         return project
 

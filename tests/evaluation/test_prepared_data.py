@@ -137,6 +137,7 @@ print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if
 GIVES_BACK = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
+@pytest.mark.long
 def test_a_clip_ten_times_as_long_is_evaluated_in_no_more_memory(tmp_path):
     peaks = {}
     for frames in (6, 60):

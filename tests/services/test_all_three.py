@@ -85,6 +85,7 @@ def test_mlflow_follows_an_s3_server_that_had_to_move(full_home):
     assert after["prefect"] == before["prefect"], "it has nothing to do with S3 and was left alone"
 
 
+@pytest.mark.long
 def test_down_leaves_nothing_even_where_only_the_parents_were_killed(full_home):
     states = services.up(full_home)
     kill_9([psutil.Process(service.pid) for service in states])

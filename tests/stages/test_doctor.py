@@ -39,7 +39,7 @@ def objects(services, bucket: str) -> list[str]:
 
 
 def test_where_everything_works_it_says_so_and_leaves_nothing(here, services):
-    ended = here.run("vrt", "doctor", "--json")
+    ended = here.vrt("doctor", "--json")
     findings = {finding["subject"]: finding for finding in json.loads(ended.stdout)}
     assert ended.returncode == EXIT_DONE, ended.stdout
     assert list(findings) == ["processor", "disk", "data", "MLflow", "S3", "DVC remote", "clock", "Prefect", "git"]
@@ -47,12 +47,12 @@ def test_where_everything_works_it_says_so_and_leaves_nothing(here, services):
     assert "an object was written, listed, read and deleted" in findings["S3"]["found"]
     assert findings["git"]["remedy"] == "runs will not name their code: `git init`, `git commit`"
     assert objects(services, "mlflow") == objects(services, "dvc") == []
-    shown = here.run("vrt", "doctor")
+    shown = here.vrt("doctor")
     assert shown.returncode == EXIT_DONE and "a training can start" in shown.stdout
 
 
 def test_services_that_are_gone_are_named_with_what_to_run(here):
-    ended = here.run("vrt", "doctor", variables={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "PREFECT_API_URL": "http://127.0.0.1:9/api"})
+    ended = here.vrt("doctor", variables={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "PREFECT_API_URL": "http://127.0.0.1:9/api"})
     assert ended.returncode == EXIT_UNAVAILABLE
     assert "a training can't start yet: MLflow, S3" in ended.stdout and "`vrt services up`" in ended.stdout
 

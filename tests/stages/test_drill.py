@@ -35,7 +35,7 @@ def objects() -> set[str]:
 def test_a_drill_proves_the_recipe_and_leaves_nothing_behind(make_workspace, services):
     workspace = make_workspace("drilled")
     before = objects()
-    ended = workspace.run("vrt", "drill", "--phase", "read-back", "--steps", "2")
+    ended = workspace.vrt("drill", "--phase", "read-back", "--steps", "2")
     assert ended.returncode == 0, ended.stdout
     assert "PROVED: at most" in ended.stdout and "bit-identical to the uninterrupted twin's" in ended.stdout
     assert "kill 1 of 1: read-back" in ended.stdout and "steps lost), training again after" in ended.stdout
@@ -67,7 +67,7 @@ def test_a_drill_without_data_generates_some_and_clears_what_a_killed_drill_left
     drill.wait()
     assert traces(workspace) != []
 
-    ended = workspace.run("vrt", "drill", "--phase", "step", "--steps", "2")
+    ended = workspace.vrt("drill", "--phase", "step", "--steps", "2")
 
     assert ended.returncode == 0, ended.stdout
     assert "drilling with generated clips" in ended.stdout

@@ -26,7 +26,7 @@ def test_killed_and_moved_to_an_empty_machine_the_training_ends_bit_identically(
     assert trainer.wait() == -signal.SIGKILL, "the training ended before the kill: train longer"
     shutil.rmtree(workspace.root / "checkpoints")
 
-    ended = workspace.run("vrt", "train")
+    ended = workspace.vrt("train")
 
     assert ended.returncode == 0, ended.stdout
     assert "(registered)" in ended.stdout, ended.stdout
@@ -60,7 +60,7 @@ def test_sigterm_saves_the_step_at_hand_and_asks_to_be_continued(make_workspace,
     assert trainer.wait(60) == 75, workspace.log.read_text()
     assert "received SIGTERM" in workspace.log.read_text()
 
-    ended = workspace.run("vrt", "train")
+    ended = workspace.vrt("train")
 
     assert ended.returncode == 0, ended.stdout
     assert_same_training(uninterrupted, workspace)
@@ -92,7 +92,7 @@ def test_a_second_trainer_is_refused_and_told_who_trains(make_workspace):
     first = workspace.start("vrt", "train")
     workspace.wait_for("starting at step 1", first)
 
-    second = workspace.run("vrt", "train")
+    second = workspace.vrt("train")
 
     assert second.returncode == 1
     assert f"process {first.pid} has been training here since" in second.stdout

@@ -69,7 +69,7 @@ class Killed:
         count = f"{self._rng.uniform(0, LONGEST_SECONDS):.2f}" if where == SECONDS else self._rng.randint(1, DEEPEST[Phase(where)])
         before = max(self.digests, default=0)
 
-        code, said = self._fork_server.run(self.workspace, f"{where}:{count}")
+        code, said = self._train(f"{where}:{count}")
 
         print(f"{where}:{count}, {before} registered before", flush=True)
         assert code == -signal.SIGKILL and f"{where}:{count} {KILLED}" in said, said
@@ -79,10 +79,14 @@ class Killed:
     def finish(self, step: int) -> None:
         before = max(self.digests, default=0)
         self.workspace.edit(train__total_steps=step)
-        code, said = self._fork_server.run(self.workspace)
+        code, said = self._train()
         assert code == 0, said
         self._check_start(said, before)
         self._check_registry()
+
+    def _train(self, kill_at: str = "") -> tuple[int, str]:
+        training = self._fork_server.train(self.workspace, kill_at)
+        return training.wait(), training.log.read_text()
 
     def _check_start(self, said: str, before: int) -> None:
         """A start loses at most the steps since the last registered checkpoint."""

@@ -44,7 +44,7 @@ def test_a_trainer_that_was_thought_dead_stops_and_leaves_the_training_to_its_su
     first = here.start("vrt", "train")
     here.wait_for("checkpoint 1 registered", first)
 
-    refused = beside.run("vrt", "train")
+    refused = beside.vrt("train")
     assert refused.returncode == 1, refused.stdout
     assert f"process {first.pid} on " in refused.stdout and "one trainer at a time" in refused.stdout
     assert "Traceback" not in refused.stdout

@@ -38,7 +38,7 @@ numpy.save(sys.argv[4], model.predict(numpy.load(sys.argv[3])))
 def test_a_version_restores_a_clip_where_nothing_of_this_project_is_installed(make_workspace, tmp_path, monkeypatch):
     workspace = make_workspace("predict")
     workspace.edit(train__total_steps=1)
-    trained = workspace.run("vrt", "train")
+    trained = workspace.vrt("train")
     assert trained.returncode == 0, trained.stdout
     clip = np.random.default_rng(1).random((3, 21, 24, 3), np.float32)
     np.save(tmp_path / "clip.npy", clip)

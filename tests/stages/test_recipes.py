@@ -186,13 +186,13 @@ def test_the_commands_that_a_recipe_names_lead_to_its_results(task: str, make_wo
     workspace = make_workspace(f"recipe{task}")
     params = shrunk(find_recipe(task))
     (workspace.root / "params.yaml").unlink()
-    assert workspace.run("vrt", "init", "--recipe", task).returncode == 0
+    assert workspace.vrt("init", "--recipe", task).returncode == 0
     _, _, _, *importing = re.search(r"vrt data import \S+ --name \S+ --layout \S+", (workspace.root / "params.yaml").read_text())[0].split()
     copy = published_copy(params.data.dataset, window_frames(params), (18, 22))
-    ended = workspace.run("vrt", "data", "import", str(copy), *importing[1:])
+    ended = workspace.vrt("data", "import", str(copy), *importing[1:])
     assert ended.returncode == 0 and f"set data.dataset: {params.data.dataset} in params.yaml" in ended.stdout, ended.stdout
     workspace.edit(**{key.replace(".", "__"): value for key, value in flatten(params.model_dump(mode="json")).items() if key != "name"})
     for command in ("prepare", "train", "evaluate"):
-        ended = workspace.run("vrt", command)
+        ended = workspace.vrt(command)
         assert ended.returncode == 0, ended.stdout
     assert "dB PSNR" in ended.stdout and "Evaluation of split test" in ended.stdout

@@ -33,7 +33,7 @@ def keys_read(monkeypatch):
 def test_evaluate_reads_exactly_the_params_that_dvc_yaml_lists(make_workspace, monkeypatch, keys_read):
     workspace = make_workspace("reads")
     workspace.edit(train__total_steps=1)
-    assert workspace.run("vrt", "train").returncode == 0
+    assert workspace.vrt("train").returncode == 0
 
     monkeypatch.chdir(workspace.root)
     for key, value in workspace.environment.items():
@@ -67,7 +67,7 @@ def test_a_real_video_is_imported_prepared_and_trained_on(make_workspace):
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
-    imported = workspace.run("vrt", "data", "import", "holiday.mp4", "--name", "holiday")
+    imported = workspace.vrt("data", "import", "holiday.mp4", "--name", "holiday")
     assert imported.returncode == 0, imported.stdout
     assert "set data.dataset: holiday in params.yaml" in imported.stdout
     workspace.edit(data__dataset="holiday", train__total_steps=2)
@@ -105,11 +105,11 @@ TWO_WORKERS = {"data__workers": 2, "train__batch_size": 2}
 def test_every_kind_of_training_trains_resumes_and_is_evaluated(make_workspace, changes):
     workspace = make_workspace("kind")
     workspace.edit(**changes, train__total_steps=2)
-    assert workspace.run("vrt", "train").returncode == 0
+    assert workspace.vrt("train").returncode == 0
     workspace.edit(train__total_steps=3)
-    ended = workspace.run("vrt", "train")
+    ended = workspace.vrt("train")
     assert ended.returncode == 0 and "continuing after step 2 of 3" in ended.stdout, ended.stdout
-    ended = workspace.run("vrt", "evaluate")
+    ended = workspace.vrt("evaluate")
     assert ended.returncode == 0 and "dB PSNR" in ended.stdout, ended.stdout
     assert (workspace.root / "model/3_E.pth").exists() == (changes is not WITHOUT_EMA)
 

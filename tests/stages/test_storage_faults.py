@@ -163,7 +163,7 @@ def finished(attempt) -> str:
 def test_with_a_store_that_spoils_a_tenth_of_all_requests_everything_is_registered(own_store, workspace, fork_server, assert_all_registered):
     with FaultProxy(own_store.address) as proxy:
         proxy.choose = now_and_then(0.1, IN_ALL_BUT_HIDING)
-        finished(fork_server.start(workspace, variables=own_store.variables(proxy.address)))
+        finished(fork_server.train(workspace, variables=own_store.variables(proxy.address)))
         assert sum(proxy.told.values()) > 5, proxy.told
     assert_all_registered(workspace, own_store.client())
 
@@ -171,7 +171,7 @@ def test_with_a_store_that_spoils_a_tenth_of_all_requests_everything_is_register
 @pytest.mark.parametrize("seconds_more", [0, pytest.param(150, marks=pytest.mark.long)])
 def test_while_the_tracking_server_is_gone_training_goes_on(workspace, fork_server, assert_all_registered, services, seconds_more):
     with FaultProxy(workspace.environment["MLFLOW_TRACKING_URI"]) as proxy:
-        attempt = fork_server.start(workspace, variables={"MLFLOW_TRACKING_URI": proxy.address})
+        attempt = fork_server.train(workspace, variables={"MLFLOW_TRACKING_URI": proxy.address})
         workspace.wait_for("starting at step 1", attempt)
         proxy.choose = lambda *_: Fault.REFUSED
         workspace.wait_for(f"step {STEPS}: validation", attempt)
@@ -192,7 +192,7 @@ def test_a_fault_in_each_object_is_overcome(own_store, workspace, fork_server, a
             # Each costs the patience of a minute.
             silent = itertools.islice(itertools.repeat(fault), 2)
             proxy.choose = lambda method, path, has_body: next(silent, None) if method == "PUT" else None
-        finished(fork_server.start(workspace, variables=own_store.variables(proxy.address)))
+        finished(fork_server.train(workspace, variables=own_store.variables(proxy.address)))
         assert proxy.told[fault] > 1
     assert_all_registered(workspace, own_store.client())
 
@@ -207,7 +207,7 @@ def test_a_store_that_is_killed_in_mid_upload_is_waited_for(own_store, workspace
     with FaultProxy(own_store.address) as proxy:
         proxy.choose = third_upload
         proxy.after_half_an_upload = own_store.kill
-        attempt = fork_server.start(workspace, variables=own_store.variables(proxy.address))
+        attempt = fork_server.train(workspace, variables=own_store.variables(proxy.address))
         while not proxy.told[Fault.CUT_UPLOAD]:
             assert psutil.pid_exists(attempt.pid), workspace.log.read_text()
             time.sleep(0.1)
@@ -219,7 +219,7 @@ def test_a_store_that_is_killed_in_mid_upload_is_waited_for(own_store, workspace
 
 @pytest.mark.long
 def test_a_database_that_is_locked_for_a_minute_is_waited_for(workspace, fork_server, assert_all_registered, services, local_services):
-    attempt = fork_server.start(workspace)
+    attempt = fork_server.train(workspace)
     workspace.wait_for("starting at step 1", attempt)
     with closing(sqlite3.connect(local_services.home / "services/mlflow/mlflow.db", timeout=60, isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
@@ -233,13 +233,13 @@ def test_a_database_that_is_locked_for_a_minute_is_waited_for(workspace, fork_se
 @pytest.mark.long
 def test_on_an_empty_machine_no_spoiled_request_makes_a_training_go_back(own_store, workspace, fork_server, assert_all_registered):
     workspace.edit(train__total_steps=EVERY)
-    finished(fork_server.start(workspace, variables=own_store.variables(own_store.address)))
+    finished(fork_server.train(workspace, variables=own_store.variables(own_store.address)))
     shutil.rmtree(workspace.root / "checkpoints")
     workspace.edit(train__total_steps=STEPS)
     with FaultProxy(own_store.address) as proxy:
         proxy.choose = every_path_once(Fault.WRONG_ANSWER)
         for _ in range(12):
-            attempt = fork_server.start(workspace, variables=own_store.variables(proxy.address))
+            attempt = fork_server.train(workspace, variables=own_store.variables(proxy.address))
             if attempt.wait() == EXIT_DONE:
                 break
             # It may refuse to start, to be started again; never may it start from an older step, or from none.

@@ -49,7 +49,7 @@ def history_of(workspace) -> list[dict[str, float]]:
 def two_uninterrupted(make_workspace):
     workspace = make_workspace("two")
     workspace.edit(**BATCH)
-    ended = workspace.run("vrt", "train", "--processes", "2")
+    ended = workspace.vrt("train", "--processes", "2")
     assert ended.returncode == 0, ended.stdout
     return workspace
 
@@ -68,14 +68,43 @@ def test_a_rank_that_dies_ends_the_attempt_and_the_next_ends_bit_identically(mak
     print(f"gone after {time.monotonic() - killed:.1f} s")
     assert not any(worker.is_running() for worker in workers.values())
     assert "rank 0 of 2 on" in workspace.log.read_text() and "lost the others" in workspace.log.read_text(), workspace.log.read_text()
-    # Then preempted as well.
+
+    ended = workspace.vrt("train", "--processes", "2")
+
+    assert ended.returncode == 0, ended.stdout
+    assert_same_training(two_uninterrupted, workspace)
+
+
+@pytest.mark.long
+def test_a_rank_that_dies_after_the_last_step_does_not_undo_it(make_workspace, two_uninterrupted, workers_of):
+    workspace = make_workspace("dies-last")
+    workspace.edit(**BATCH)
+    trainer = workspace.start("vrt", "train", "--processes", "2")
+    # What follows for the one that leads is to save, publish and register.
+    workspace.wait_for("step 24: validation", trainer)
+    workers_of(trainer)[1].kill()
+
+    assert trainer.wait(60) == 0, workspace.log.read_text()
+
+    assert "registered; browse it at" in workspace.log.read_text()
+    assert_same_training(two_uninterrupted, workspace)
+
+
+@pytest.mark.long
+def test_preempted_before_its_processes_listen_and_again_in_the_middle_a_training_ends_bit_identically(make_workspace, two_uninterrupted):
+    workspace = make_workspace("preempted")
+    workspace.edit(**BATCH)
+    trainer = workspace.start("vrt", "train", "--processes", "2")
+    until(lambda: any("RANK" in environment_of(process) for process in psutil.Process(trainer.pid).children(recursive=True)), [trainer])
+    trainer.terminate()
+    assert trainer.wait(60) == 75, workspace.log.read_text()
     trainer = workspace.start("vrt", "train", "--processes", "2")
     workspace.wait_for("checkpoint 12 registered", trainer)
     trainer.terminate()
     assert trainer.wait(60) == 75, workspace.log.read_text()
     assert "Traceback" not in workspace.log.read_text(), workspace.log.read_text()
 
-    ended = workspace.run("vrt", "train", "--processes", "2")
+    ended = workspace.vrt("train", "--processes", "2")
 
     assert ended.returncode == 0, ended.stdout
     assert_same_training(two_uninterrupted, workspace)
@@ -91,7 +120,7 @@ def test_with_any_number_of_processes_it_is_the_same_training(make_workspace, tw
         workspace.wait_for(until, trainer)
         trainer.send_signal(signal.SIGKILL)
         trainer.wait()
-    ended = workspace.run("vrt", "train")
+    ended = workspace.vrt("train")
 
     assert ended.returncode == 0, ended.stdout
     assert lineage_folder(workspace).name.split("-")[-1] == lineage_folder(two_uninterrupted).name.split("-")[-1]
@@ -170,13 +199,13 @@ def test_what_several_processes_can_not_do_is_said_once(make_workspace):
     workspace = make_workspace("refused")
     workspace.edit(**BATCH)
 
-    ended = workspace.run("vrt", "train", "--processes", "3")
+    ended = workspace.vrt("train", "--processes", "3")
 
     assert ended.returncode == 2
     assert ended.stdout.count("train.batch_size 4: expected a multiple of the 3 processes that share it") == 1, ended.stdout
-    ended = workspace.run("vrt", "train", variables={"VRT_PROCESSES": "many"})
+    ended = workspace.vrt("train", variables={"VRT_PROCESSES": "many"})
     assert ended.returncode == 2 and "--processes: found 'many'; expected auto, or a number from 1 on" in ended.stdout, ended.stdout
-    ended = workspace.run("vrt", "train", "--processes", "2", "--machines", "2")
+    ended = workspace.vrt("train", "--processes", "2", "--machines", "2")
     assert ended.returncode == 2 and "--machines 2 and --meet None: expected both or neither" in ended.stdout
 
 
@@ -275,7 +304,7 @@ def test_two_hosts_have_a_flow_run_each_which_survive_a_killed_trainer_and_end_w
     assert_both_have_the_result_of(two_uninterrupted, first, second)
     # A machine that comes when all is done meets nobody.
     shutil.rmtree(first.root / "model")
-    late = first.run("vrt", "train", variables={"VRT_MACHINES": "2", "VRT_MEET": "10.213.7.1:29534"})
+    late = first.vrt("train", variables={"VRT_MACHINES": "2", "VRT_MEET": "10.213.7.1:29534"})
     assert late.returncode == 0 and "is trained and registered; fetching it" in late.stdout, late.stdout
     assert_both_have_the_result_of(two_uninterrupted, first, second)
 

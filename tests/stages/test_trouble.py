@@ -13,7 +13,7 @@ from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_UNAVAILABLE
 def test_broken_params_name_the_key_what_was_found_and_what_is_allowed(make_workspace):
     workspace = make_workspace("params")
     workspace.edit(optimizer__lr=-1.0)
-    ended = workspace.run("vrt", "train")
+    ended = workspace.vrt("train")
     assert ended.returncode == EXIT_BAD_INPUT
     assert "params.yaml: 1 wrong value" in ended.stdout
     assert "optimizer.lr: found -1.0; input should be greater than 0" in ended.stdout
@@ -24,7 +24,7 @@ def test_broken_params_name_the_key_what_was_found_and_what_is_allowed(make_work
 def test_a_missing_data_set_says_how_to_make_it(make_workspace):
     workspace = make_workspace("data")
     shutil.rmtree(workspace.root / "data/prepared")
-    ended = workspace.run("vrt", "train")
+    ended = workspace.vrt("train")
     assert ended.returncode == EXIT_BAD_INPUT
     assert "data/prepared" in ended.stdout and "dvc repro prepare" in ended.stdout
     assert "Traceback" not in ended.stdout
@@ -32,7 +32,7 @@ def test_a_missing_data_set_says_how_to_make_it(make_workspace):
 
 def test_services_that_are_down_are_named_at_the_start(make_workspace):
     workspace = make_workspace("down")
-    ended = workspace.run("vrt", "train", variables={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
+    ended = workspace.vrt("train", variables={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
     assert ended.returncode == EXIT_UNAVAILABLE
     assert re.search(r"MLflow at http://127.0.0.1:9 does not answer \(.*Connection refused", ended.stdout), ended.stdout
     assert "vrt services status" in ended.stdout
@@ -54,7 +54,7 @@ def test_a_full_outbox_folder_is_shown_loudly_and_nothing_saved_before_is_lost(m
     assert "checkpoint 4 registered" in ended.stdout
     assert "cannot access 'checkpoints/*/8_*'" in ended.stdout, "the step that failed leaves nothing behind"
 
-    recovered = workspace.run("vrt", "train")
+    recovered = workspace.vrt("train")
 
     assert recovered.returncode == 0, recovered.stdout
     assert "continuing after step 4 of 8 (registered)" in recovered.stdout
@@ -64,12 +64,12 @@ def test_a_full_outbox_folder_is_shown_loudly_and_nothing_saved_before_is_lost(m
 def test_a_truncated_checkpoint_is_set_aside_and_fetched_again(make_workspace):
     workspace = make_workspace("truncated")
     workspace.edit(train__total_steps=4)
-    assert workspace.run("vrt", "train").returncode == 0
+    assert workspace.vrt("train").returncode == 0
     (weights,) = (workspace.root / "checkpoints").glob("*/4_G.pth")
     intact = weights.read_bytes()
     weights.write_bytes(intact[:1000])
 
-    ended = workspace.run("vrt", "train")
+    ended = workspace.vrt("train")
 
     assert ended.returncode == 0, ended.stdout
     assert f"4_G.pth has 1000 bytes; the manifest says {len(intact)}" in ended.stdout
@@ -83,7 +83,7 @@ def changed(make_workspace):
     """A workspace that trained four steps and whose params are another training's since; and the lineage of those steps."""
     workspace = make_workspace("changed")
     workspace.edit(train__total_steps=4)
-    assert workspace.run("vrt", "train").returncode == 0
+    assert workspace.vrt("train").returncode == 0
     (first,) = (path.name for path in (workspace.root / "checkpoints").iterdir() if path.is_dir())
     workspace.edit(optimizer__lr=0.002, train__total_steps=5)
     return workspace, first
@@ -92,7 +92,7 @@ def changed(make_workspace):
 def test_changed_params_are_no_silent_new_start(changed):
     workspace, first = changed
 
-    refused = workspace.run("vrt", "train")
+    refused = workspace.vrt("train")
 
     assert refused.returncode == EXIT_BAD_INPUT, refused.stdout
     told = (
@@ -106,24 +106,24 @@ def test_changed_params_are_no_silent_new_start(changed):
 @pytest.mark.long
 def test_after_a_change_each_way_on_works(changed):
     workspace, first = changed
-    other = workspace.run("vrt", "train", "--resume", "never")
+    other = workspace.vrt("train", "--resume", "never")
     assert other.returncode == 0, other.stdout
     assert f"this is a new training, {first} is not continued; changed since: optimizer.lr: 0.003 -> 0.002" in other.stdout
     assert "starting at step 1 of 5" in other.stdout
     # It exists now, and is continued without being asked again.
     workspace.edit(train__total_steps=6)
-    assert "continuing after step 5 of 6" in workspace.run("vrt", "train").stdout
+    assert "continuing after step 5 of 6" in workspace.vrt("train").stdout
 
     workspace.edit(optimizer__lr=0.003)
-    back = workspace.run("vrt", "train")
+    back = workspace.vrt("train")
     assert back.returncode == 0 and "continuing after step 4 of 6" in back.stdout, back.stdout
 
 
 def test_more_steps_continue_the_same_lineage(make_workspace):
     workspace = make_workspace("longer")
     workspace.edit(train__total_steps=4)
-    assert workspace.run("vrt", "train").returncode == 0
+    assert workspace.vrt("train").returncode == 0
     workspace.edit(train__total_steps=6)
-    ended = workspace.run("vrt", "train")
+    ended = workspace.vrt("train")
     assert ended.returncode == 0, ended.stdout
     assert "continuing after step 4 of 6" in ended.stdout

@@ -26,7 +26,7 @@ PARAMS = Path("params.yaml")
 def trained(make_workspace):
     workspace = make_workspace("used")
     workspace.edit(train__total_steps=8)
-    ended = workspace.run("vrt", "train")
+    ended = workspace.vrt("train")
     assert ended.returncode == 0, ended.stdout
     return workspace
 
@@ -82,7 +82,7 @@ def test_a_checkpoint_that_is_not_there_is_named_with_what_there_is(here, lineag
 def test_a_video_is_restored_with_the_latest_checkpoint(here, lineage, tmp_path):
     footage = Footage(Fraction(1, 10), (0, 1, 2, 3), False, Look(2, 0, 2, 2, Fraction(1)))
     write_segment(tmp_path / "in.mkv", np.full((4, 24, 32, 3), 90, np.uint8), footage, 0)
-    ended = here.run("vrt", "restore", str(tmp_path / "in.mkv"), "-o", str(tmp_path / "out.mkv"))
+    ended = here.vrt("restore", str(tmp_path / "in.mkv"), "-o", str(tmp_path / "out.mkv"))
     assert ended.returncode == 0 and f"4 frames of {tmp_path}/in.mkv restored with {lineage}@8: {tmp_path}/out.mkv" in ended.stdout, ended.stdout
     assert len(list(video_frames(tmp_path / "out.mkv"))) == 4
 
@@ -90,7 +90,7 @@ def test_a_video_is_restored_with_the_latest_checkpoint(here, lineage, tmp_path)
 @pytest.mark.long
 def test_any_checkpoint_is_measured_on_any_test_set_and_the_better_one_is_the_champion(here, lineage, monkeypatch):
     shutil.copytree("data/raw/tiny", "data/raw/other", dirs_exist_ok=True)
-    measured = here.run("vrt", "evaluate", "--checkpoint", f"{lineage}@4", "--dataset", "other")
+    measured = here.vrt("evaluate", "--checkpoint", f"{lineage}@4", "--dataset", "other")
     assert measured.returncode == 0, measured.stdout
     report = json.loads((here.root / f"reports/evaluation-of-{lineage}@4-on-other/metrics.json").read_text())
     # A data set that changed is prepared anew.
@@ -108,21 +108,21 @@ def test_any_checkpoint_is_measured_on_any_test_set_and_the_better_one_is_the_ch
     assert table["columns"][:2] == ["clip", "frames"] and len(table["data"]) == 1
     assert float(registry.tags_of(4)["test_other_psnr"]) == pytest.approx(report["psnr"], rel=1e-5)
 
-    assert here.run("vrt", "promote", "--checkpoint", f"{lineage}@1", "--dry-run").returncode == 0
+    assert here.vrt("promote", "--checkpoint", f"{lineage}@1", "--dry-run").returncode == 0
     assert registry.led_to("champion") is None
-    first = here.run("vrt", "promote", "--checkpoint", f"{lineage}@1")
+    first = here.vrt("promote", "--checkpoint", f"{lineage}@1")
     assert first.returncode == 0 and "promoted: there was no champion" in first.stdout, first.stdout
     assert registry.led_to("champion") == (lineage, 1)
     # It outlives what the policy would keep.
     assert registry.registered()[1].champion
-    better = here.run("vrt", "promote", "--checkpoint", "best", "--json")
+    better = here.vrt("promote", "--checkpoint", "best", "--json")
     assert better.returncode == 0, better.stdout
     assert registry.led_to("champion") == registry.led_to("best") != (lineage, 1)
-    worse = here.run("vrt", "promote", "--checkpoint", f"{lineage}@1")
+    worse = here.vrt("promote", "--checkpoint", f"{lineage}@1")
     assert worse.returncode == EXIT_NOT_BETTER and "not promoted: its gain is -" in worse.stdout, worse.stdout
-    back = here.run("vrt", "promote", "--checkpoint", f"{lineage}@1", "--least-gain", "-100")
+    back = here.vrt("promote", "--checkpoint", f"{lineage}@1", "--least-gain", "-100")
     assert back.returncode == 0 and registry.led_to("champion") == (lineage, 1)
-    file = here.run("vrt", "promote", "--checkpoint", f"checkpoints/{lineage}/8_G.pth")
+    file = here.vrt("promote", "--checkpoint", f"checkpoints/{lineage}/8_G.pth")
     assert file.returncode == EXIT_BAD_INPUT and "only a registered checkpoint can become the champion" in file.stdout
 
 
