@@ -22,7 +22,7 @@ from vrt.checkpoint.policy import ResumePolicy
 from vrt.checkpoint.tracking import Lineage
 from vrt.data.clips import PreparedData
 from vrt.data.sampler import Share, check_sampling
-from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, OUTCOME, SECONDS_TO_SAVE, StopRequest, torchrun_rank
+from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, OUTCOME, SECONDS_TO_SAVE, StopRequest, held_back, torchrun_rank
 from vrt.observe import log
 from vrt.params import Params, load_params, with_resume
 from vrt.stages import CHECKPOINTS, PREPARED
@@ -181,8 +181,10 @@ def _launch(command: list[str], outcome: Path, threads: int, interface: str, sto
     """Run torchrun to its end. Returns what its first process here ended with; None: torchrun ended, and had never started one."""
     # torchrun would set one thread and warn of it. Left alone, gloo looks for the machine's own name, which leads nowhere without a network.
     environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": interface, **os.environ, OUTCOME: str(outcome)}
-    # In a group of its own: a signal to this one's asks to save, but torchrun would take it for its own end.
-    with subprocess.Popen(command, env=environment, process_group=0) as torchrun:
+    with held_back(signal.SIGUSR1):
+        # In a group of its own: a signal to this one's asks to save, but torchrun would take it for its own end.
+        torchrun = subprocess.Popen(command, env=environment, process_group=0)
+    with torchrun:
         started = passed_on = False
         while torchrun.poll() is None:
             workers = _workers_of(torchrun.pid)
@@ -201,9 +203,8 @@ def _launch(command: list[str], outcome: Path, threads: int, interface: str, sto
     if not started:
         return EXIT_CONTINUE_ME if stop.reason else None
     said = outcome.with_name(f"{outcome.name}.0")
-    code = int(said.read_text()) if said.exists() else EXIT_FAILED
-    # The process that leads may have done its part when another failed.
-    return code if code != EXIT_DONE or torchrun.returncode == 0 else EXIT_FAILED
+    # Only where all is trained and registered does it say that it is done: a process that dies after that takes nothing back.
+    return int(said.read_text()) if said.exists() else EXIT_FAILED
 
 
 def _workers_of(torchrun: int) -> list[psutil.Process]:

@@ -109,7 +109,17 @@ def train_in_team(training: Training, started: float) -> int:
     """Do this process's part. Nobody ends before the one that leads has everything registered; then all end as that one does."""
     params, data, team = training.params, training.data, training.team
     team.check_same({"params": fingerprint(params.model_dump(mode="json")), "data": data.digest, "torch": torch.__version__, "code": code_version()})
-    return team.from_leader(lead(training, started)) if team.leads else follow(training, started)
+    if not team.leads:
+        return follow(training, started)
+    code = lead(training, started)
+    try:
+        return team.from_leader(code)
+    except PeerLost as lost:
+        if code != EXIT_DONE:
+            raise
+        # Nothing is left to do, here or where the others are started again.
+        log.warning("%s", lost)
+        return code
 
 
 def lead(training: Training, started: float) -> int:
