@@ -25,12 +25,12 @@ serve: $(INSTALLED)
 	$(BIN)/vrt services up
 	$(BIN)/python -m pipelines
 
-# --no-deps: the lock is complete, and resolving it again costs pip minutes. The second line adds what torch itself pins
-# beyond the lock: the CUDA libraries where its wheel is the CUDA build, nothing for the CPU build.
+# --no-deps: the lock is complete, and resolving it again costs pip minutes; --no-compile: so does compiling what is never imported.
+# The second line adds what torch itself pins beyond the lock: the CUDA libraries where its wheel is the CUDA build, nothing for the CPU build.
 $(INSTALLED): requirements.lock pyproject.toml
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 ifeq ($(UV),)
-	$(BIN)/python -m pip install --no-deps --requirement requirements.lock
+	$(BIN)/python -m pip install --no-deps --no-compile --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --no-build-isolation --editable ".[dev]"
 else
 	$(UV) pip install --python $(BIN)/python -r requirements.lock
