@@ -11,7 +11,7 @@ from vrt.distributed import ALONE, Team
 from vrt.lifecycle import StopRequest
 from vrt.params import Params, load_params
 from vrt.training import memory
-from vrt.training.loop import TrainingState, Validation, accumulate, train
+from vrt.training.loop import TrainingState, Validation, accumulate, take_step, train
 from vrt.training.session import build_state
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
@@ -76,6 +76,20 @@ def test_the_gradient_is_that_of_the_whole_batch(world: int, at_once: int | None
         torch.testing.assert_close(grads[name], whole[name], rtol=0, atol=1e-4 * scale, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_bf16_rounds_the_gradient_and_tf32_on_a_cpu_does_not(params, state, batch):
+    def gradient_by(precision: str) -> torch.Tensor:
+        state.optimizer.zero_grad(set_to_none=True)
+        by = params.model_copy(update={"train": params.train.model_copy(update={"precision": precision})})
+        accumulate(by, state.network, 7, batch, ALONE, None)
+        return torch.cat([parameter.grad.flatten() for parameter in state.network.parameters() if parameter.grad is not None])
+
+    exact, rounded = gradient_by("fp32"), gradient_by("bf16")
+
+    assert torch.equal(gradient_by("tf32"), exact)
+    assert not torch.equal(rounded, exact)
+    assert torch.cosine_similarity(rounded, exact, dim=0) > 0.98
+
+
 @pytest.mark.parametrize("holds, expected", [(4, 4), (3, 2), (1, 1), (0, 0)])
 def test_the_probe_finds_how_many_clips_the_memory_holds_and_changes_nothing(holds: int, expected: int, params, state, batch, monkeypatch):
     before = {key: value.clone() for key, value in state.network.state_dict().items()}
@@ -93,9 +107,25 @@ def test_the_probe_finds_how_many_clips_the_memory_holds_and_changes_nothing(hol
     assert all(torch.equal(value, before[key]) for key, value in state.network.state_dict().items())
 
 
+def test_the_probe_leaves_room_for_what_adam_does_not_have_yet(params, state, batch, monkeypatch):
+    weights = 4 * sum(parameter.numel() for parameter in state.network.parameters())
+    assert memory.bytes_to_come(state.optimizer) == 2 * weights
+    beside, empty = [], torch.empty
+    monkeypatch.setattr(memory.torch, "empty", lambda size, **options: beside.append(size) or empty(size, **options))
+    memory.most_that_fits(params, state, batch)
+    assert beside == [2 * weights]
+
+    unfrozen = params.model_copy(update={"optimizer": params.optimizer.model_copy(update={"flow_frozen_steps": 0})})
+    take_step(unfrozen, state, 1, batch)
+
+    assert memory.bytes_to_come(state.optimizer) == 0
+
+
 def test_the_probe_finds_what_the_memory_of_a_real_gpu_holds(gpu, params, batch):
     state = build_state(params, gpu)
     more = Batch(*(part.repeat(2, 1, 1, 3, 3) for part in (batch.degraded, batch.truth)))
+    # Adam has its moments from here on.
+    take_step(params, state, 1, batch)
 
     def peak_of(clips: int) -> int:
         torch.cuda.empty_cache()
@@ -109,7 +139,7 @@ def test_the_probe_finds_what_the_memory_of_a_real_gpu_holds(gpu, params, batch)
     torch.cuda.set_per_process_memory_fraction(between / torch.cuda.get_device_properties(gpu).total_memory)
     try:
         assert memory.most_that_fits(params, state, more) == 2
-        peak_of(2)
+        take_step(params, state, 2, Batch(more.degraded[:2], more.truth[:2]))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

@@ -47,19 +47,31 @@ def most_that_fits(params: Params, state: TrainingState, batch: Batch, team: Tea
     set_schedule(state.optimizer, params.optimizer, params.train.total_steps)
     state.network.train()
     for count in halves(len(batch.truth)):
-        few = Batch(batch.degraded[:count], batch.truth[:count])
-        too_many = False
-        try:
-            accumulate(params, state.network, state.step + 1, few, ALONE, None)
-        except torch.OutOfMemoryError:
-            too_many = True
-        state.optimizer.zero_grad(set_to_none=True)
+        fits = _fits(params, state, Batch(batch.degraded[:count], batch.truth[:count]))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if not team.any(too_many):
+        if not team.any(not fits):
             return count
         log.info("the GPUs' memory does not hold %d clips at once", count)
     return 0
+
+
+def bytes_to_come(optimizer: torch.optim.Optimizer) -> int:
+    """What Adam's first steps add for good to the memory in use: two moments of each parameter that has none yet."""
+    without = (parameter for group in optimizer.param_groups for parameter in group["params"] if parameter not in optimizer.state)
+    return sum(2 * parameter.numel() * parameter.element_size() for parameter in without)
+
+
+def _fits(params: Params, state: TrainingState, batch: Batch) -> bool:
+    try:
+        moments = torch.empty(bytes_to_come(state.optimizer), dtype=torch.uint8, device=next(state.network.parameters()).device)
+        accumulate(params, state.network, state.step + 1, batch, ALONE, None)
+        del moments
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        state.optimizer.zero_grad(set_to_none=True)
+    return True
 
 
 def _too_small(params: Params, team: Team) -> str:
