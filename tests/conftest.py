@@ -81,6 +81,13 @@ def gpu() -> torch.device:
     return torch.device("cuda", 0)
 
 
+@pytest.fixture(scope="session")
+def two_gpus(gpu: torch.device) -> None:
+    """Skips where there is but one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU on this machine, not two")
+
+
 @pytest.fixture(params=["cpu", "gpu"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The test runs on each kind of device that is here."""

@@ -52,6 +52,17 @@ def test_gradients_are_added_up_on_the_gpu_and_all_else_beside_it(torchrun, gpu)
     assert "[[3.0, 3.0], [3.0, 3.0]] [0, 1, 2] True (0.5,)" in output, output
 
 
+def test_two_gpus_add_up_what_each_has(torchrun, two_gpus):
+    script = """from vrt.distributed import device_here
+    a = torch.full((2, 2), float(team.rank + 1), device=device_here())
+    team.add_up([a])
+    told = team.from_leader({"weights": torch.arange(3, device=a.device)} if team.leads else None)
+    print(f"{team.rank}: {a.device} {a.tolist()} {told['weights'].tolist()}", flush=True)"""
+    output, _ = torchrun(script, 2, "cuda").communicate(timeout=120)
+    for rank in range(2):
+        assert f"{rank}: cuda:{rank} [[3.0, 3.0], [3.0, 3.0]] [0, 1, 2]" in output, output
+
+
 def test_processes_that_differ_are_told_which_and_how(torchrun):
     script = 'team.check_same({"data": "abc", "params": f"p{team.rank // 2}"})'
     output, _ = torchrun(script, 3).communicate(timeout=120)

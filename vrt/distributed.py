@@ -4,7 +4,8 @@ torchrun starts them and numbers them (RANK, WORLD_SIZE, LOCAL_RANK); rank 0 lea
 
 Gradients are added up here and not by DistributedDataParallel. That regroups its sums after the first step of every process, so a resumed
 training would differ in its last bits from one that was never interrupted; it must search for parameters without a gradient while some are
-frozen; and VRT's steps take seconds, adding up their 31 million gradients milliseconds, so there is little to hide behind the backward pass.
+frozen; and between the GPUs of one machine adding up VRT's 31 million gradients takes milliseconds, so there is little to hide behind the
+backward pass.
 """
 
 import io
@@ -98,6 +99,9 @@ class Torchrun(Team):
         return tuple(sums.tolist())
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        if tensors[0].is_cuda:
+            # The sum waits for the backward pass anyway, which is no part of what adding up takes.
+            torch.cuda.synchronize(tensors[0].device)
         started = time.monotonic()
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         self._sum(flat)

@@ -12,8 +12,10 @@ from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
 from vrt.data.clips import PreparedData
+from vrt.model.network import VRT
 from vrt.params import load_params
 from vrt.stages import CHECKPOINTS, PREPARED
+from vrt.stages import train as stage
 from vrt.stages.lineage import lineage_of
 from vrt.stages.train import run_training
 
@@ -92,6 +94,16 @@ def test_a_fork_goes_on_as_its_parent_did_and_is_a_lineage_of_its_own_that_wins_
     ):
         with pytest.raises(CheckpointError, match=reason):
             run_training(Path("params.yaml"), wrong)
+
+
+def test_how_the_machine_computes_is_what_the_params_say(project, monkeypatch):
+    compiled = []
+    # The compiler itself would take minutes.
+    monkeypatch.setattr(stage, "compile_blocks", lambda network: compiled.append((type(network), torch.backends.cudnn.allow_tf32)))
+    project.train(1, train__compile=True, train__precision="fp32")
+    assert compiled == [(VRT, False)]
+    project.train(2, train__precision="tf32")
+    assert compiled == [(VRT, False), (VRT, True)]
 
 
 @pytest.mark.long

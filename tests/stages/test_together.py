@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -54,25 +55,59 @@ def two_uninterrupted(make_workspace):
     return workspace
 
 
-def test_a_rank_that_dies_ends_the_attempt_and_the_next_ends_bit_identically(make_workspace, two_uninterrupted, workers_of):
+@pytest.mark.parametrize("dies", [1, pytest.param(0, marks=pytest.mark.long)])
+def test_a_rank_that_dies_ends_the_attempt_and_the_next_ends_bit_identically(dies: int, make_workspace, two_uninterrupted, workers_of):
     workspace = make_workspace("dies")
     workspace.edit(**BATCH)
     trainer = workspace.start("vrt", "train", "--processes", "2")
     workspace.wait_for("checkpoint 4 registered", trainer)
     workers = workers_of(trainer)
-    workers[1].kill()
+    workers[dies].kill()
     killed = time.monotonic()
 
     assert trainer.wait(60) == 1, workspace.log.read_text()
 
     print(f"gone after {time.monotonic() - killed:.1f} s")
     assert not any(worker.is_running() for worker in workers.values())
-    assert "rank 0 of 2 on" in workspace.log.read_text() and "lost the others" in workspace.log.read_text(), workspace.log.read_text()
+    assert f"rank {1 - dies} of 2 on" in workspace.log.read_text() and "lost the others" in workspace.log.read_text(), workspace.log.read_text()
 
     ended = workspace.vrt("train", "--processes", "2")
 
     assert ended.returncode == 0, ended.stdout
     assert_same_training(two_uninterrupted, workspace)
+
+
+# What torchrun starts on each of two machines, whose folders are the arguments.
+ON_ITS_MACHINE = """
+import os, sys
+os.chdir(sys.argv[1 + int(os.environ["RANK"])])
+sys.path.insert(0, os.getcwd())
+from vrt.cli import main
+sys.exit(main(["train"]))
+"""
+
+
+def test_machines_with_other_params_or_other_code_begin_nothing_and_say_which_differ(make_workspace, tmp_path):
+    first = make_workspace("differ")
+    first.edit(**BATCH)
+    second = replace(first, root=tmp_path / "second")
+    shutil.copytree(first.root, second.root, symlinks=True)
+    second.edit(optimizer__lr=1e-3)
+    with (second.root / "vrt/params.py").open("a") as code:
+        code.write("# changed here, and not committed\n")
+    (tmp_path / "machine.py").write_text(ON_ITS_MACHINE)
+    environment = {**first.environment, "GLOO_SOCKET_IFNAME": "lo"}
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "machine.py"), str(first.root), str(second.root)]
+
+    ended = replace(first, environment=environment).run(*command)
+
+    assert ended.returncode != 0 and re.search(r"exitcode *: 2 ", ended.stdout), ended.stdout
+    assert "the 2 processes of this training differ, but all must be started alike:" in ended.stdout, ended.stdout
+    for differing in ("params", "code"):
+        one, other = re.search(rf"{differing}: rank 0 (.+), rank 1 (.+)", ended.stdout).groups()
+        assert one != other
+    assert not re.search("(data|torch): rank 0", ended.stdout)
+    assert not (first.root / "checkpoints").exists() and not (second.root / "checkpoints").exists()
 
 
 @pytest.mark.long
@@ -294,6 +329,8 @@ def test_two_hosts_have_a_flow_run_each_which_survive_a_killed_trainer_and_end_w
     hosts = start("-c", flow)
     until(lambda: "checkpoint 8 registered" in first.log.read_text() + second.log.read_text(), hosts)
     trainers = [process for process in psutil.Process(hosts[1].pid).children(recursive=True) if "RANK" in environment_of(process)]
+    # By the interface to the meeting point, on which the other machine is.
+    assert environment_of(trainers[0])["NCCL_SOCKET_IFNAME"] == f"=vrt{os.getpid()}b"
     trainers[0].kill()
 
     assert [host.wait(400) for host in hosts] == [0, 0], first.log.read_text() + second.log.read_text()

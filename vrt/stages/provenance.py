@@ -1,5 +1,6 @@
 """What is needed to get back to a training: code, params, versions of the data, environment. Kept with its run, one folder for each attempt."""
 
+import hashlib
 import json
 import os
 import platform
@@ -61,6 +62,15 @@ def code_version() -> str:
     if not _has_git():
         return os.environ.get("VRT_CODE_VERSION", NO_GIT)
     return _git("rev-parse", "HEAD").strip() + ("+changes" if _git("status", "--porcelain", "-uno") else "")
+
+
+def code_digest() -> str:
+    """A short digest of the code that runs, whatever git knows of it."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def without_credentials(remote: str) -> str:

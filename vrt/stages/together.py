@@ -180,7 +180,8 @@ def _interface_of(address: str, meet: str) -> Interface:
 def _launch(command: list[str], outcome: Path, threads: int, interface: str, stop: StopRequest) -> int | None:
     """Run torchrun to its end. Returns what its first process here ended with; None: torchrun ended, and had never started one."""
     # torchrun would set one thread and warn of it. Left alone, gloo looks for the machine's own name, which leads nowhere without a network.
-    environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": interface, **os.environ, OUTCOME: str(outcome)}
+    sockets = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+    environment = {"OMP_NUM_THREADS": str(threads), **sockets, **os.environ, OUTCOME: str(outcome)}
     with held_back(signal.SIGUSR1):
         # In a group of its own: a signal to this one's asks to save, but torchrun would take it for its own end.
         torchrun = subprocess.Popen(command, env=environment, process_group=0)

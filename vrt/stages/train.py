@@ -36,7 +36,7 @@ from vrt.params import Params, fingerprint, flatten, load_params, with_resume
 from vrt.stages import CHECKPOINTS, PREPARED
 from vrt.stages.lineage import lineage_of, origin_here
 from vrt.stages.predictor import predictor_files
-from vrt.stages.provenance import code_version, collect, folder_of
+from vrt.stages.provenance import code_digest, code_version, collect, folder_of
 from vrt.stages.result import leave_result
 from vrt.stages.run_page import about_checkpoints, run_page
 from vrt.stages.start import refuse_surprise, resume
@@ -108,7 +108,8 @@ class Training:
 def train_in_team(training: Training, started: float) -> int:
     """Do this process's part. Nobody ends before the one that leads has everything registered; then all end as that one does."""
     params, data, team = training.params, training.data, training.team
-    team.check_same({"params": fingerprint(params.model_dump(mode="json")), "data": data.digest, "torch": torch.__version__, "code": code_version()})
+    code = f"{code_version()} ({code_digest()})"
+    team.check_same({"params": fingerprint(params.model_dump(mode="json")), "data": data.digest, "torch": torch.__version__, "code": code})
     if not team.leads:
         return follow(training, started)
     code = lead(training, started)
