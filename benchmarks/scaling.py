@@ -16,20 +16,24 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe
-from benchmarks.report import ROOT, show, write
+from benchmarks.report import RESULTS, ROOT, show, write
 from vrt.data.sampler import Batch, Share
 from vrt.distributed import Torchrun, device_here, joined
 from vrt.params import Params, load_params
+from vrt.training.determinism import computing
 from vrt.training.loop import take_step
+from vrt.training.memory import most_that_fits
 from vrt.training.session import build_network, build_state, hand_out
 
 RECIPE_ON_GPU, RECIPE_ON_CPU = "001_videosr_bi_REDS_6frames", "quickstart"
 CLIPS = 8
 WARM_UP, STEPS = 3, 12
 PROJECTED_GPUS = 8
+# What one of them does of a step of the projection: 1 of 8 clips, measured by benchmarks/network.py.
+MEASURED_STEPS = "network-nvidia-h100-80gb-hbm3-16-cores.json"
+MEASURED_KINDS = {"fp32": "001 train", "bf16": "001 train, bf16"}
 # Bytes per second that one process exchanges with the others: data sheets' orders of magnitude, measured nowhere here.
 LINKS = {"NVLink, 300 GB/s": 300e9, "PCIe 4, 20 GB/s": 20e9, "Ethernet of 10 Gb/s": 1.1e9}
-SECONDS_PER_STEP = (0.5, 1.0, 2.0)
 
 
 def measure(recipe: str, path: Path) -> None:
@@ -38,15 +42,16 @@ def measure(recipe: str, path: Path) -> None:
     params = params.model_copy(update={"train": params.train.model_copy(update={"batch_size": CLIPS, "threads": 1})})
     torch.set_num_threads(1)
     device = device_here()
-    with joined(device) as team:
+    with computing(params.train.precision), joined(device) as team:
         assert isinstance(team, Torchrun)
         state = build_state(params, device)
         hand_out(state, team)
         batch = random_batch(params, Share(team.rank, team.size))
+        at_once = most_that_fits(params, state, batch, team) if device.type == "cuda" else None
         for step in range(1, WARM_UP + STEPS + 1):
             if step == WARM_UP + 1:
                 started, before = time.perf_counter(), team.seconds
-            loss, _ = take_step(params, state, step, batch, team)
+            loss, _ = take_step(params, state, step, batch, team, at_once)
             # Waits for the GPU.
             loss.item()
         taken = time.perf_counter() - started
@@ -79,12 +84,15 @@ def gradient_bytes(recipe: str) -> int:
 
 
 def projection(size: int) -> list[list[str]]:
-    """The share of a step of recipe 001 that PROJECTED_GPUS need to add up gradients of `size` bytes, each sending 2 (n - 1) / n of them."""
+    """What adding up gradients of `size` bytes makes of PROJECTED_GPUS that each compute one clip, as measured, and send 2 (n - 1) / n of them."""
+    measured = json.loads((RESULTS / MEASURED_STEPS).read_text())["measured"]
+    steps = {kind: measured[key]["seconds"] for kind, key in MEASURED_KINDS.items()}
     sent = 2 * (PROJECTED_GPUS - 1) / PROJECTED_GPUS * size
-    rows = [["between GPUs", "adding up", *(f"of a step of {seconds:g} s" for seconds in SECONDS_PER_STEP)]]
+    rows = [["between GPUs", "adding up", *(f"{kind}, {seconds:.2f} s a clip: share; times one GPU" for kind, seconds in steps.items())]]
     for link, speed in LINKS.items():
         took = sent / speed
-        rows.append([link, f"{1000 * took:.1f} ms", *(f"{took / (seconds + took):.1%}" for seconds in SECONDS_PER_STEP)])
+        shares = [f"{took / (seconds + took):.1%}; {PROJECTED_GPUS * seconds / (seconds + took):.1f}" for seconds in steps.values()]
+        rows.append([link, f"{1000 * took:.1f} ms", *shares])
     return rows
 
 
@@ -103,7 +111,8 @@ def main() -> None:
     size = gradient_bytes(RECIPE_ON_GPU)
     tables = {
         f"{recipe}, {CLIPS} clips a step in all": rows,
-        f"PROJECTION, not measured: recipe 001 on {PROJECTED_GPUS} GPUs, {size / 1e6:.0f} MB of gradients, nothing hidden": projection(size),
+        f"PROJECTION: recipe 001 on {PROJECTED_GPUS} GPUs, from steps measured on one H100 and speeds of data sheets; {size / 1e6:.0f} MB of "
+        "gradients, nothing hidden": projection(size),
     }
     show(tables)
     print(f"written to {write('scaling', 'Training by several processes', describe(), found | {'gradient_bytes_001': size}, tables)}")
