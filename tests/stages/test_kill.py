@@ -52,6 +52,7 @@ def test_after_dvc_is_killed_the_next_repro_waits_for_the_orphan_and_continues(m
     assert "didn't change, skipping" in again.stdout, again.stdout
 
 
+@pytest.mark.long
 def test_sigterm_saves_the_step_at_hand_and_asks_to_be_continued(make_workspace, uninterrupted):
     workspace = make_workspace("preempted")
     trainer = workspace.start("vrt", "train")
