@@ -16,6 +16,8 @@ from tests.topology import MISSING, Topology
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(MISSING), reason=f"not on this machine: {', '.join(MISSING)}")]
 
+PUBLIC_HOST = "vrt.example"
+
 
 @pytest.fixture
 def workspace(make_workspace):
@@ -31,7 +33,7 @@ def workspace(make_workspace):
 
 @pytest.fixture
 def topology(workspace):
-    services = read({secret: f"{secret.lower()}-of-this-test" for secret in SECRETS})["services"]
+    services = read({secret: f"{secret.lower()}-of-this-test" for secret in SECRETS} | {"PUBLIC_HOST": PUBLIC_HOST})["services"]
     # Not below pytest's folder, which PostgreSQL's user can't enter.
     with tempfile.TemporaryDirectory(prefix="topology-") as folder:
         Path(folder).chmod(0o755)
@@ -62,6 +64,21 @@ def test_a_flow_trains_on_them_while_postgresql_is_killed_under_it(topology):
     assert re.search(r"step 24 of \S+ trained and registered", topology.log("worker"))
     assert listed
     assert topology.stop("worker") == 0
+
+
+def test_a_browser_on_another_machine_lists_runs_in_mlflows_pages_and_no_other_site_does_so_through_it(topology):
+    topology.up("postgres", "s3", "mlflow")
+
+    def answer(host: str, origin: str) -> str:
+        request = ["--json", '{"experiment_ids": ["0"]}', "--header", f"Host: {host}", "--header", f"Origin: {origin}"]
+        place = "http://mlflow:5000/ajax-api/2.0/mlflow/runs/search"
+        return topology.ask("curl", "--silent", "--output", "/dev/null", "--write-out", "%{http_code}", *request, place)
+
+    public = f"{PUBLIC_HOST}:5000"
+    assert answer(public, f"http://{public}") == "200"
+    assert answer("localhost:5000", "http://localhost:5000") == "200"
+    assert answer(public, "http://elsewhere.example") == "403"
+    assert answer("elsewhere.example", f"http://{public}") == "403"
 
 
 def train(topology, workspace, steps: int) -> str:
