@@ -40,6 +40,7 @@ WORKDIR /srv/vrt
 COPY --from=packages /opt/vrt /opt/vrt
 COPY --chown=1000:1000 pyproject.toml dvc.yaml params.yaml prefect.yaml .dvcignore ./
 COPY --chown=1000:1000 .dvc/config .dvc/
+COPY --chown=1000:1000 deploy deploy
 COPY --chown=1000:1000 recipes recipes
 COPY --chown=1000:1000 data data
 COPY --chown=1000:1000 pipelines pipelines

@@ -73,7 +73,26 @@ def test_the_build_sees_all_of_the_program_and_nothing_that_git_does_not_have(tr
     copy_context(PROJECT, tmp_path)
     seen = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert seen <= tracked
-    assert {path for path in tracked if path.startswith(("vrt/", "pipelines/", "recipes/"))} <= seen
+    assert {path for path in tracked if path.startswith(("vrt/", "pipelines/", "recipes/")) or path.endswith("-pool.json")} <= seen
+
+
+def test_all_that_the_build_sees_gets_into_the_image(steps, tmp_path: Path):
+    copy_context(PROJECT, tmp_path)
+    copied = {word for kind, value in steps if kind == "COPY" and "--from=" not in value for word in value.split()[:-1]}
+    seen = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    # What an engine gets for itself.
+    left_out = {".dockerignore", "Dockerfile"}
+    assert {str(path) for path in seen if not copied & {str(path), *map(str, path.parents)}} == left_out
+
+
+def test_of_data_that_dvc_keeps_an_image_knows_what_to_fetch_and_has_none_of_it(tmp_path: Path):
+    checkout, context = tmp_path / "checkout", tmp_path / "context"
+    for name in ("mine.dvc", "mine/dataset.yaml", "mine/train/clip/00000001.png"):
+        (checkout / "data/raw" / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / "data/raw" / name).touch()
+    shutil.copy2(PROJECT / ".dockerignore", checkout)
+    copy_context(checkout, context)
+    assert [path.name for path in (context / "data").rglob("*") if path.is_file()] == ["mine.dvc"]
 
 
 @pytest.fixture(scope="module")
