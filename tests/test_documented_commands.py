@@ -48,17 +48,25 @@ BY_NO_TEST = {
     "REVISION=$(git rev-parse HEAD) docker compose build": NO_ENGINE,
     "docker compose run --rm mlflow sh -c 'mlflow db upgrade \"$MLFLOW_BACKEND_STORE_URI\"'": NO_ENGINE,
     "docker compose run --rm worker ...": NO_ENGINE,
+    "docker compose run --rm --volume $PWD/clips:/clips:ro worker vrt data import /clips --name mine --layout clips": NO_ENGINE,
+    "docker compose run --detach --user 1000:$(stat -c %g /var/run/docker.sock) --volume /var/run/docker.sock:/var/run/docker.sock worker "
+    "prefect worker start --pool vrt-docker": NO_ENGINE,
     "docker compose run --rm worker prefect deployment run train/vrt": NO_ENGINE,
     "docker compose stop worker": NO_ENGINE,
     "docker compose up --detach": NO_ENGINE,
     "docker run --rm --gpus all --shm-size 2g --stop-timeout 90 --env-file servers.env --volume vrt-data:/srv/vrt/data "
     "--volume vrt-checkpoints:/srv/vrt/checkpoints --volume $PWD/params.yaml:/srv/vrt/params.yaml vrt vrt train": NO_ENGINE,
+    "docker inspect": NO_ENGINE,
     "docker stop": NO_ENGINE,
+    "kubectl apply --filename deploy/kubernetes-rights.yaml": NO_CLUSTER,
+    "kubectl create deployment vrt-worker --image vrt:latest -- prefect worker start --pool vrt-kubernetes": NO_CLUSTER,
     "kubectl create secret generic vrt-servers --from-env-file servers.env": NO_CLUSTER,
+    "kubectl set env deployment/vrt-worker --from secret/vrt-servers": NO_CLUSTER,
+    "kubectl set env deployment/vrt-worker PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES=default": NO_CLUSTER,
+    "kubectl set serviceaccount deployment vrt-worker vrt-worker": NO_CLUSTER,
     "make demo UV=uv": "needs uv",
     "make lock": "needs uv, and a newer world",
     "make test-long": "runs this test",
-    "prefect worker start --pool vrt-kubernetes": NO_CLUSTER,
     "python -m benchmarks.data": MEASURES,
     "python -m benchmarks.network": MEASURES,
     "python -m benchmarks.scaling": MEASURES,
@@ -67,6 +75,7 @@ BY_NO_TEST = {
     "python -m pytest tests/data -n 2": "runs tests as .ci/run does",
 }
 ONLY_NAMED = {"dvc add", "vrt data import", "vrt restore"}
+IN_THE_IMAGE = "docker compose run --rm worker "
 
 
 class Reader:
@@ -232,12 +241,23 @@ def test_what_people_type_about_prefect(reader):
             'prefect deployment run train/vrt -p recipe=006_videodeblurring_GoPro -p \'overrides={"name": "mine", "train.total_steps": 1000}\''
         )
         assert "Completed" in reader.types(of_recipe, rehearsed)
+        of_data = 'docker compose run --rm worker prefect deployment run train/vrt -p \'overrides={"name": "mine", "data.dataset": "mine"}\''
+        assert "Completed" in reader.types(of_data, {IN_THE_IMAGE: "", **rehearsed})
         # Two hosts that really meet are in tests/stages/test_together.py.
         assert "Completed" in reader.types("prefect deployment run train/vrt -p machines=2 -p meet=10.0.0.1:29500", rehearsed)
     pool = {"vrt-kubernetes": f"vrt-kubernetes-{os.getpid()}"}
     reader.types("prefect work-pool create vrt-kubernetes --type kubernetes --base-job-template deploy/kubernetes-pool.json", pool)
     reader.types("prefect --no-prompt deploy pipelines/train.py:train --name kubernetes --pool vrt-kubernetes", pool)
     reader.types("prefect deployment run train/kubernetes")
+    pool = {IN_THE_IMAGE: "", "vrt-docker": f"vrt-docker-{os.getpid()}"}
+    reader.types("docker compose run --rm worker prefect work-pool create vrt-docker --type docker --base-job-template deploy/docker-pool.json", pool)
+    reader.types("docker compose run --rm worker prefect --no-prompt deploy pipelines/train.py:train --name docker --pool vrt-docker", pool)
+    reader.types(
+        "docker compose run --rm worker prefect --no-prompt deploy pipelines/train.py:train --name docker --pool vrt-docker "
+        '--job-variable \'{"gpus": [{"Driver": "nvidia", "Count": -1, "Capabilities": [["gpu"]]}]}\'',
+        pool,
+    )
+    reader.types("docker compose run --rm worker prefect deployment run train/docker", {IN_THE_IMAGE: ""})
 
 
 @pytest.mark.long

@@ -1,6 +1,8 @@
 """The templates of work pools for Docker and Kubernetes: what both take, and what a run in a pod does when its node is taken away."""
 
 import asyncio
+import dataclasses
+import inspect
 import json
 import os
 import re
@@ -13,12 +15,16 @@ from typing import Any
 from uuid import uuid4
 
 import kubernetes_validate
+import prefect_kubernetes.observer
+import prefect_kubernetes.worker
 import psutil
 import pytest
+from docker.constants import DEFAULT_DOCKER_API_VERSION
+from docker.models.containers import _create_container_args
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.base import BaseJobConfiguration
-from prefect_docker.worker import DockerWorkerJobConfiguration
+from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 from ruamel.yaml import YAML
 
@@ -30,6 +36,7 @@ PROJECT = Path(__file__).parents[2]
 WORKERS = {"docker": DockerWorkerJobConfiguration, "kubernetes": KubernetesWorkerJobConfiguration}
 KINDS = list(WORKERS)
 KUBERNETES = "1.31"
+RIGHTS = PROJECT / "deploy" / "kubernetes-rights.yaml"
 
 
 def path_of(kind: str) -> Path:
@@ -41,14 +48,27 @@ def template(kind: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def configured(services) -> Callable[[str], BaseJobConfiguration]:
-    """Makes what a worker makes of a template for a run whose deployment sets nothing."""
+def configured(services) -> Callable[..., BaseJobConfiguration]:
+    """Makes what a worker makes of a template for a run whose deployment sets nothing but these values."""
 
-    def make(kind: str) -> BaseJobConfiguration:
-        with temporary_settings({PREFECT_API_URL: services["PREFECT_API_URL"]}):
-            configuration = asyncio.run(WORKERS[kind].from_template_and_values(base_job_template=template(kind), values={}))
-        configuration.prepare_for_flow_run(FlowRun(flow_id=uuid4(), name="run"))
+    def make(kind: str, prefect: str = services["PREFECT_API_URL"], **values: Any) -> BaseJobConfiguration:
+        with temporary_settings({PREFECT_API_URL: prefect}):
+            configuration = asyncio.run(WORKERS[kind].from_template_and_values(base_job_template=template(kind), values=values))
+            configuration.prepare_for_flow_run(FlowRun(flow_id=uuid4(), name="run"))
         return configuration
+
+    return make
+
+
+@pytest.fixture
+def container(configured) -> Callable[..., dict[str, Any]]:
+    """Makes what a Docker worker has the engine create for a run whose deployment sets nothing but these values."""
+
+    def make(**values: Any) -> dict[str, Any]:
+        # Of a Prefect on this machine an engine would be asked how containers reach it.
+        configuration = configured("docker", prefect="http://prefect:4200/api", **values)
+        settings = DockerWorker(work_pool_name="docker")._build_container_settings(None, configuration)
+        return _create_container_args({**settings, "version": DEFAULT_DOCKER_API_VERSION})
 
     return make
 
@@ -67,6 +87,25 @@ def test_every_variable_is_used_every_use_is_one_and_the_worker_knows_every_sett
     used = set(re.findall(r"\{\{ (\w+) \}\}", json.dumps(found["job_configuration"])))
     assert used == set(found["variables"]["properties"])
     assert set(found["job_configuration"]) <= set(WORKERS[kind].model_fields)
+
+
+def test_a_container_trains_with_the_servers_of_its_worker_whose_keys_no_template_has(container, make_workspace, monkeypatch):
+    workspace = make_workspace("container")
+    workspace.edit(train__total_steps=1)
+    # As compose.yaml's worker has it.
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    given = dict(container()["environment"])
+    assert given.pop("PREFECT_API_URL") == "http://prefect:4200/api"
+    # The keys that the folder itself has: an image has none.
+    for path in (".dvc/config.local", "prefect.toml"):
+        (workspace.root / path).unlink()
+    image = {name: workspace.environment[name] for name in ("PATH", "PYTHONPATH")} | {"HOME": str(workspace.root), "VRT_HOME": "none"}
+    for command in (["dvc", "repro", "prepare"], ["dvc", "push"], ["vrt", "train"]):
+        ended = dataclasses.replace(workspace, environment=image | given).run(*command)
+        assert ended.returncode == 0, ended.stdout
+    named = template("docker")["variables"]["properties"]["env"]["default"].items()
+    assert all(value == f"{{{{ ${name} }}}}" for name, value in named if not name.startswith("PREFECT_"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,6 +132,37 @@ def test_a_pod_has_a_gpu_shared_memory_time_to_save_and_no_secret_of_its_own(con
     assert container["envFrom"] == [{"secretRef": {"name": "vrt-servers"}}]
     # Of a worker's own settings Prefect hands on its own.
     assert all(variable["name"].startswith("PREFECT_") for variable in container["env"])
+
+
+def test_a_container_has_shared_memory_and_gpus_only_where_they_are_asked_for(container):
+    host = container()["host_config"]
+    assert host["ShmSize"] == 2 * 1024**3
+    assert host["DeviceRequests"] == []
+    (example,) = re.findall(r"\[\{.*\}\]", template("docker")["variables"]["properties"]["gpus"]["description"])
+    (asked,) = container(gpus=json.loads(example))["host_config"]["DeviceRequests"]
+    assert (asked["Driver"], asked["Count"], asked["Capabilities"]) == ("nvidia", -1, [["gpu"]])
+
+
+def test_the_worker_of_a_cluster_has_the_rights_that_prefects_code_uses_and_no_more():
+    account, role, binding = documents = list(YAML(typ="safe").load_all(RIGHTS.read_text()))
+    for document in documents:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    home = template("kubernetes")["variables"]["properties"]["namespace"]["default"]
+    assert [document["metadata"]["namespace"] for document in documents] == [home] * 3
+    assert binding["subjects"] == [{"kind": "ServiceAccount", **account["metadata"]}]
+    assert binding["roleRef"] == {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": role["metadata"]["name"]}
+
+    code = inspect.getsource(prefect_kubernetes.worker) + inspect.getsource(prefect_kubernetes.observer)
+    verbs = {"read": "get"}
+    used = {
+        (f"{noun}s".replace("pod_logs", "pods/log"), verbs.get(verb, verb))
+        for verb, noun in re.findall(r"\.(create|delete|list|patch|read|replace)_namespaced_(\w+)\(", code)
+        # Prefect keeps secrets of its own only where settings ask for that.
+        if noun != "secret"
+    }
+    watched = re.findall(r'kopf\.on\.event\((?:\s*"batch",\s*"v1",)?\s*"(\w+)"', code)
+    used |= {(resource, verb) for resource in watched for verb in ("list", "watch")}
+    assert {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]} == used
 
 
 @pytest.mark.long
