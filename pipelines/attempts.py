@@ -45,10 +45,12 @@ class Attempt:
 
     @property
     def registered(self) -> int:
+        """The newest registered step that it knew of; 0: none, or it said nothing."""
         return self.status.registered if self.status else 0
 
     @property
     def step(self) -> int:
+        """The newest step that it logged; 0: none, or it said nothing."""
         return self.status.step if self.status else 0
 
     @property

@@ -37,6 +37,7 @@ class Project:
 
     @property
     def status(self) -> Path:
+        """Where a training in it says how it stands."""
         return self.folder / STATUS
 
 

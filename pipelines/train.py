@@ -139,6 +139,7 @@ def train(
     """Train VRT by the project's params.yaml, or by a recipe and values of your own; run again after any interruption, it goes on.
 
     With a recipe or overrides it trains in a workspace of its own below .vrt/workspaces/, and leaves the project's files alone.
+    Raises GivenUp where only a person can mend what stops it.
 
     Args:
         recipe: One of recipes/, instead of the project's params.yaml.

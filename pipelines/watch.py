@@ -55,6 +55,7 @@ class Watch:
         self._thread.join(2 * SECONDS_BETWEEN_LOOKS)
 
     def interruption(self) -> Exception | None:
+        """Why the training is to stop: its run is not wanted any more, or who launched it is gone; None: it may go on."""
         return NotWanted(self._reason) if self._reason else launcher_gone()
 
     def status(self) -> TrainingStatus | None:

@@ -44,6 +44,7 @@ class Team:
 
     @property
     def leads(self) -> bool:
+        """Whether it is the process that saves, publishes and validates for all."""
         return self.rank == 0
 
     @property
@@ -90,15 +91,18 @@ class Torchrun(Team):
 
     @property
     def first_away(self) -> bool:
+        """Read off what torchrun tells each process in its environment."""
         # torchrun numbers the machines as it does their processes: from that of rank 0 on.
         return os.environ["GROUP_RANK"] != "0" and os.environ["LOCAL_RANK"] == "0"
 
     def total(self, *numbers: float) -> tuple[float, ...]:
+        """Added up in float64."""
         sums = torch.tensor(numbers, dtype=torch.float64)
         self._sum(sums)
         return tuple(sums.tolist())
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """All tensors as one, in a single exchange."""
         if tensors[0].is_cuda:
             # The sum waits for the backward pass anyway, which is no part of what adding up takes.
             torch.cuda.synchronize(tensors[0].device)
@@ -110,6 +114,7 @@ class Torchrun(Team):
         self.seconds += time.monotonic() - started
 
     def from_leader(self, value: Any) -> Any:
+        """Its size is broadcast first, then the value as bytes of torch.save, of which no code is run. Raises PeerLost."""
         file = io.BytesIO()
         if self.leads:
             torch.save(value, file)
@@ -120,6 +125,7 @@ class Torchrun(Team):
         return value if self.leads else torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
 
     def check_same(self, facts: Mapping[str, str]) -> None:
+        """Every process gathers the facts of all. Raises ValueError where they differ, PeerLost where a process is gone."""
         everyone = [torch.zeros(LONGEST_FACTS, dtype=torch.uint8) for _ in range(self.size)]
         own = json.dumps(dict(facts)).encode()
         assert len(own) <= LONGEST_FACTS
@@ -134,10 +140,12 @@ class Torchrun(Team):
             raise ValueError(f"the {self.size} processes of this training differ, but all must be started alike:\n  {listed}")
 
     def leave_word(self, code: int) -> None:
+        """Left with the host that the processes meet at; a leader that lost the others leaves none."""
         if self.leads and not self._heart.missed:
             self._heart.leave_word(str(code))
 
     def word_of_leader(self) -> int | None:
+        """Read from where it left it; None also where that host is gone."""
         word = "" if self.leads or self._heart.missed else self._heart.word()
         return int(word) if word else None
 
@@ -189,6 +197,7 @@ class Heart:
 
     @property
     def missed(self) -> bool:
+        """Whether another process was silent for too long, without raising as `check` does."""
         return bool(self._lost)
 
     def leave_word(self, word: str) -> None:
@@ -207,6 +216,7 @@ class Heart:
             return ""
 
     def stop(self) -> None:
+        """Beat no more, and wait for the beat at hand."""
         self._stopped.set()
         self._thread.join()
 

@@ -52,6 +52,7 @@ class Bar:
         self._task = live.add_task(title, total=total, completed=done, fields="") if live else None
 
     def advance(self, count: int = 1, **fields: object) -> None:
+        """Count that many units more as done."""
         self._done += count
         text = "  ".join(f"{key} {value}" for key, value in fields.items())
         if self._live:

@@ -48,6 +48,7 @@ class StatusFile:
 
     @property
     def now(self) -> TrainingStatus:
+        """As it was last written."""
         return self._status
 
     def begins(self, step: int) -> None:

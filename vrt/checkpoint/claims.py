@@ -28,6 +28,7 @@ class S3Notes:
         self._store, self._prefix = S3Store(prefix), prefix.rstrip("/")
 
     def all(self) -> dict[str, str]:
+        """One request for each note. Raises StoreUnavailable where the store does not answer."""
         with self._store.guarded(self._prefix) as client:
             bucket, key = split(self._prefix)
             names = [each["Key"].rsplit("/", 1)[1] for each in client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/").get("Contents", [])]
@@ -39,6 +40,7 @@ class S3Notes:
             return found
 
     def create(self, name: str, text: str) -> bool:
+        """Write a note on the condition that there is none, which the store decides. False: it exists."""
         with self._store.guarded(self._prefix) as client:
             bucket, key = split(self._prefix)
             try:
@@ -51,11 +53,13 @@ class S3Notes:
         return True
 
     def write(self, name: str, text: str) -> None:
+        """Put the note in the place of what it said before."""
         with self._store.guarded(self._prefix) as client:
             bucket, key = split(self._prefix)
             client.put_object(Bucket=bucket, Key=f"{key}/{name}", Body=text.encode())
 
     def remove(self, name: str) -> None:
+        """Delete the object; where it is gone already, nothing happens."""
         with self._store.guarded(self._prefix) as client:
             bucket, key = split(self._prefix)
             client.delete_object(Bucket=bucket, Key=f"{key}/{name}")
@@ -80,6 +84,7 @@ class RunNotes:
         self._registry = registry
 
     def all(self) -> dict[str, str]:
+        """Of the run's tags those that are notes. Raises StoreUnavailable where MLflow does not answer."""
         with self._registry.guarded() as client:
             tags = client.get_run(self._registry.run_id).data.tags
         return {key.removeprefix(LEASE): value for key, value in tags.items() if key.startswith(LEASE)}
@@ -93,9 +98,11 @@ class RunNotes:
         return True
 
     def write(self, name: str, text: str) -> None:
+        """Set the tag, whatever it said before."""
         with self._registry.guarded() as client:
             client.set_tag(self._registry.run_id, LEASE + name, text)
 
     def remove(self, name: str) -> None:
+        """Delete the tag. MLflow refuses it where there is none."""
         with self._registry.guarded() as client:
             client.delete_tag(self._registry.run_id, LEASE + name)

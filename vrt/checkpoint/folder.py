@@ -135,7 +135,8 @@ class CheckpointFolder:
     def receive(self, manifest: Manifest, fetch: Callable[[FileEntry, Path], None]) -> None:
         """Fill in a checkpoint from elsewhere; `fetch` writes one file to the path given.
 
-        The manifest comes last, as in a commit. Raises CheckpointError where what arrived is not what the manifest says.
+        The manifest comes last, as in a commit. Raises CheckpointError where what arrived is not what the manifest says,
+        FolderUnavailable where it can't be written here.
         """
         for file in manifest.files:
             unfinished = self.path / f"{_UNFINISHED}{file.name}"

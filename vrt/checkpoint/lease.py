@@ -40,13 +40,17 @@ SECONDS_BETWEEN_LOOKS = 1.0
 class Notes(Protocol):
     """Small texts by name, where every trainer of a lineage can see them."""
 
-    def all(self) -> dict[str, str]: ...
+    def all(self) -> dict[str, str]:
+        """What each note says at this moment, by name."""
 
     def create(self, name: str, text: str) -> bool:
         """Write a note that does not exist yet. False: it exists."""
 
-    def write(self, name: str, text: str) -> None: ...
-    def remove(self, name: str) -> None: ...
+    def write(self, name: str, text: str) -> None:
+        """Write a note, over what it said before."""
+
+    def remove(self, name: str) -> None:
+        """Take a note away."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Claim:
 
     @property
     def name(self) -> str:
+        """What its note is called."""
         return name_of(self.token)
 
     def __str__(self) -> str:
@@ -132,6 +137,7 @@ class Lease:
 
     @property
     def token(self) -> int:
+        """That of the claim which `take` entered; before, there is none."""
         assert self._claim, "not taken"
         return self._claim.token
 

@@ -22,6 +22,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Own `folder` while the block runs; a killed owner lets go by dying.
 
     An owner whose launcher died is about to save and end: it is waited for. Any other owner means LockedError at once.
+    Raises CheckpointError where the folder can't be written.
     """
     path = folder / ".lock"
     try:

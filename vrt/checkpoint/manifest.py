@@ -53,6 +53,7 @@ class Manifest:
         return next((file for file in self.files if file.name.endswith(suffix)), None)
 
     def to_bytes(self) -> bytes:
+        """JSON with sorted keys and the digest: equal manifests give equal bytes."""
         return json.dumps(asdict(self) | {"digest": self.digest}, indent=1, sort_keys=True).encode()
 
     @classmethod

@@ -25,11 +25,20 @@ MOST_REFUSALS = 3
 class Registry(Protocol):
     """Where a published checkpoint becomes registered, and metrics go."""
 
-    def registered(self) -> Mapping[int, object]: ...
-    def check(self, manifest: Manifest) -> object: ...
-    def register(self, manifest: Manifest, address: str, folder: Path) -> None: ...
-    def send(self, rows: list[dict[str, float]]) -> None: ...
-    def note(self, key: str, text: str) -> None: ...
+    def registered(self) -> Mapping[int, object]:
+        """What it has, by step."""
+
+    def check(self, manifest: Manifest) -> object:
+        """What it has of the same step. Raises CheckpointError where that has other content."""
+
+    def register(self, manifest: Manifest, address: str, folder: Path) -> None:
+        """Enter a checkpoint that is published at `address` and committed in `folder`. Raises CheckpointError as `check` does."""
+
+    def send(self, rows: list[dict[str, float]]) -> None:
+        """Log metrics by name, each row with its step under "step"."""
+
+    def note(self, key: str, text: str) -> None:
+        """Tag the run with what a person should see."""
 
 
 class Fence(Protocol):
@@ -75,6 +84,7 @@ class Publisher:
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
 
     def start(self) -> None:
+        """Begin to work, in a thread that ends with `finish` or with the process."""
         self._thread.start()
 
     @property

@@ -20,15 +20,21 @@ from vrt.checkpoint.store import Store
 class Remote(Store, Protocol):
     """The store, as far as verifying and repairing go."""
 
-    def problems(self, address: str, manifest: Manifest, advance: Callable[[int], None]) -> list[str]: ...
+    def problems(self, address: str, manifest: Manifest, advance: Callable[[int], None]) -> list[str]:
+        """What is wrong with the objects at an address, after reading every byte. `advance` is told the bytes of each piece."""
 
 
 class Books(Protocol):
     """The registry, as far as repairing goes."""
 
-    def check(self, manifest: Manifest) -> Registered | None: ...
-    def register(self, manifest: Manifest, address: str, folder: Path) -> None: ...
-    def hold(self, step: int) -> AbstractContextManager: ...
+    def check(self, manifest: Manifest) -> Registered | None:
+        """What is registered of the same step. Raises CheckpointError where that has other content."""
+
+    def register(self, manifest: Manifest, address: str, folder: Path) -> None:
+        """Enter a published checkpoint. Raises CheckpointError as `check` does."""
+
+    def hold(self, step: int) -> AbstractContextManager:
+        """While the block runs, nobody deletes the step."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Candidate:
 
     @property
     def address(self) -> str | None:
+        """Where the store has it; None: nothing says that it does."""
         return self.registered.address if self.registered else self.published
 
 
@@ -83,6 +84,7 @@ class Evidence:
 
     @property
     def problems(self) -> tuple[str, ...]:
+        """What is wrong with either side, in words; the local one's come first."""
         return self.local.problems + self.store.problems
 
 

@@ -64,15 +64,21 @@ def retain(registered: Iterable[Registered], policy: Checkpoints, damaged: Colle
 class Unregister(Protocol):
     """The registry, as far as deleting goes."""
 
-    def registered(self) -> dict[int, Registered]: ...
-    def unregister(self, step: int) -> None: ...
+    def registered(self) -> dict[int, Registered]:
+        """What is registered of the lineage, by step."""
+
+    def unregister(self, step: int) -> None:
+        """Take a step out of the registry; its bytes stay where they are."""
 
 
 class Shelf(Protocol):
     """The store, as far as deleting goes."""
 
-    def delete(self, address: str) -> None: ...
-    def sweep(self, older_than: timedelta) -> list[int]: ...
+    def delete(self, address: str) -> None:
+        """Delete the objects of a step, its manifest first."""
+
+    def sweep(self, older_than: timedelta) -> list[int]:
+        """Delete the objects of steps without a manifest, all of them older than that. Returns the steps."""
 
 
 def delete(one: Candidate, folder: CheckpointFolder, store: Shelf, registry: Unregister) -> None:

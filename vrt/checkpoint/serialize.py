@@ -25,6 +25,7 @@ class HashingWriter:
         """Why a write failed: torch.save reports only an unexpected position in the file."""
 
     def write(self, data: bytes) -> int:
+        """Write and take into the digest. Raises OSError, which stays in `error`."""
         self._sha256.update(data)
         self.size += len(data)
         try:
@@ -36,10 +37,12 @@ class HashingWriter:
         return written
 
     def flush(self) -> None:
+        """Hand what is written to the operating system, which may still hold it back from the disk."""
         self._file.flush()
 
     @property
     def sha256(self) -> str:
+        """Hex, of all that went through so far."""
         return self._sha256.hexdigest()
 
 

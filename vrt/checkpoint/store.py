@@ -57,6 +57,10 @@ class S3Store:
         self._client = None
 
     def publish(self, manifest: Manifest, folder: Path) -> str:
+        """Upload what is not there yet, read every byte back, and write the manifest last: a step that has one is whole.
+
+        Raises StoreUnavailable where other bytes come back than were sent, or none.
+        """
         address = self._address(manifest.step)
         with self.guarded(address) as client:
             bucket, key = split(address)
@@ -81,6 +85,7 @@ class S3Store:
         return address
 
     def upload(self, step: int, file: FileEntry, folder: Path) -> None:
+        """Upload without reading back, which is left to `publish`. Raises StoreUnavailable."""
         address = self._address(step)
         with self.guarded(address) as client:
             bucket, key = split(address)
@@ -88,6 +93,7 @@ class S3Store:
             reached(Phase.READ_BACK)
 
     def put_beside(self, address: str, files: Mapping[str, bytes]) -> None:
+        """Objects of their own at the same address, written over where they exist. Raises StoreUnavailable."""
         with self.guarded(address) as client:
             bucket, key = split(address)
             for name, content in files.items():
@@ -104,6 +110,7 @@ class S3Store:
         return f"{self._prefix}/{step:08d}"
 
     def manifest(self, address: str) -> Manifest:
+        """Read once more where it arrives damaged. Raises CheckpointError where it is so the second time, Missing where there is none."""
         step = int(address.rsplit("/", 1)[1])
         with self.guarded(address) as client:
             bucket, key = split(address)
@@ -139,6 +146,7 @@ class S3Store:
             return {entry["Key"]: entry["LastModified"] for page in pages for entry in page.get("Contents", [])}
 
     def fetch(self, address: str, file: FileEntry, path: Path) -> None:
+        """Download in parallel ranges, hashed as they arrive, twice at most. Raises CheckpointError where both times it is not what `file` says."""
         log.info("fetching %s/%s (%.1f MB)", address, file.name, file.size / 1e6)
         if not self._arrives(address, file, lambda: self._download(address, file, path)):
             raise CheckpointError(f"{address}: {file.name} has other content than the manifest says (SHA-256 differs)")
@@ -290,7 +298,7 @@ class S3Store:
 
     @contextmanager
     def guarded(self, address: str) -> Iterator:
-        """Yield the S3 client; its errors leave as ours, told apart by whether trying again can help."""
+        """Yield the S3 client; its errors leave as ours: Missing for an object that is not there, StoreRefuses for a no, else StoreUnavailable."""
         import boto3
         from boto3.exceptions import Boto3Error
         from botocore.config import Config

@@ -34,6 +34,7 @@ class Lineage:
 
     @property
     def id(self) -> str:
+        """What its run, its lease and its local folder go by."""
         return f"{self.name}-{self.fingerprint[:10]}"
 
     @property

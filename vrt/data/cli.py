@@ -57,7 +57,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Check a data set, against the params file and the prepared clips where it is the one they are about."""
+    """Check a data set, against the params file and the prepared clips where it is the one they are about.
+
+    Raises DataError where it is told a layout and no folder.
+    """
     from vrt.data.check import check_copy, check_params, check_prepared, check_raw, show
     from vrt.data.errors import DataError
     from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE

@@ -80,6 +80,7 @@ class Clip(Section):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """Of its frames: (D, H, W, 3)."""
         return self.frames, self.height, self.width, 3
 
     def __str__(self) -> str:
@@ -125,6 +126,7 @@ class PreparedData:
         return cls(root, index, content_digest(index))
 
     def clips(self, split: Split) -> tuple[Clip, ...]:
+        """In the order of the index, which the sampler's draws are numbers in."""
         return self._by_split[split]
 
     def lengths(self, split: Split) -> np.ndarray:

@@ -32,7 +32,10 @@ class Quintuplet:
     folder: Path
 
     def images(self) -> list[Path]:
-        """As a clip of seven frames, of which every second is given. Nothing looks at the second and the sixth, which nobody published."""
+        """As a clip of seven frames, of which every second is given. Nothing looks at the second and the sixth, which nobody published.
+
+        Raises DataError where one of the five images is missing.
+        """
         paths = {path.stem: path for path in image_paths(self.folder)}
         missing = [name for name in ("frame0", "frame1", "framet", "frame2", "frame3") if name not in paths]
         if missing:

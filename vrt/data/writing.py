@@ -61,6 +61,7 @@ class Writer:
         self.enter(pack_clip(self.folder, split, name, frames, pixels, recorded))
 
     def enter(self, clip: Clip) -> None:
+        """Take in a clip that `pack_clip` stored in `folder`; others there do not become part of the data set."""
         self._clips.append(clip)
 
     def finished(self, split: Split, name: str, source: str) -> Clip | None:
@@ -75,6 +76,7 @@ class Writer:
         return clip if whole and note["source"] == source else None
 
     def finish(self, dataset: str) -> None:
+        """Write the index of the clips entered, and delete whatever else lies in the folder."""
         clips = tuple(sorted(self._clips, key=lambda clip: (SPLITS.index(clip.split), clip.name)))
         listed = {self.folder / stored.file for clip in clips for stored in clip.files}
         shutil.rmtree(self.folder / ENTRIES, ignore_errors=True)

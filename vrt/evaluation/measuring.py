@@ -59,7 +59,10 @@ class Measuring:
         self._kept: Triple | None = None
 
     def add(self, first: int, degraded: Tensor, truth: Tensor, restored: Tensor) -> None:
-        """Frames from `first` on: `degraded` (D, C, h, w), `truth` (D, 3, H, W), `restored` (D, 3, H, W)."""
+        """Frames from `first` on: `degraded` (D, C, h, w), `truth` (D, 3, H, W), `restored` (D, 3, H, W), all in [0, 1].
+
+        Raises ValueError where `restored` has another shape than `truth`.
+        """
         if restored.shape != truth.shape:
             found = f"found {tuple(restored.shape)}"
             raise ValueError(f"restored clip {self._name!r}: expected the shape of the truth {tuple(truth.shape)}, {found}; prepare the data again")

@@ -49,6 +49,7 @@ def restore_stream(
 
     `read(start, stop)` gives the input's frames, (B, stop - start, C, h, w); it is asked in order, for frames that overlap by what tiles share.
     Begins at frame `first`. The pieces are those of `restore`, to the bit, wherever it begins.
+    Raises ValueError where tiles would share as much as they are long, or less than nothing.
     """
     if any(o >= t or o < 0 for o, t in zip(overlap, tile)):
         raise ValueError(f"overlap: expected 0 or more and less than the tile {tuple(tile)}, found {tuple(overlap)}; lower evaluate.overlap")

@@ -121,6 +121,7 @@ class KeptAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, apart: Tensor | None) -> Tensor:
+        """Shapes as in `attention`. Returns (M, A, N, E)."""
         ctx.scale = q.shape[-1] ** -0.5
         scaled, k, v = q * ctx.scale, k.contiguous(), v.contiguous()
         scores = scaled @ k.mT
@@ -135,6 +136,7 @@ class KeptAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+        """grad: (M, A, N, E). Returns the gradients of q, k, v and, where it wants one, the bias."""
         scaled, k, v, weights, out = ctx.saved_tensors
         grad = grad.contiguous()
         # The gradient of a softmax is w * (d - sum(w * d)), and sum(w * d) over the keys equals sum(out * d_out) over the channels.

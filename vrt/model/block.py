@@ -30,6 +30,7 @@ class GatedMlp(nn.Module):
         self.fc2 = Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., out), on a CPU a cacheful of tokens after another."""
         if not runs_eagerly_on_cpu(x):
             return self._gate(x)
         return torch.cat([self._gate(rows) for rows in x.flatten(0, -2).split(CACHED_ROWS)]).unflatten(0, x.shape[:-1])
@@ -65,6 +66,7 @@ class Block(nn.Module):
         self.mlp = GatedMlp(dim, int(dim * mlp_ratio), dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W, C) -> the same. In a direction in which `x` is no larger than a window, windows are of its size and not shifted."""
         size = tuple(x.shape[1:4])
         window, shift = self._fitting(size)
         separation = separate(padded_size(size, window), window, shift, x.device) if any(shift) else None
@@ -149,6 +151,7 @@ class BlockGroup(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W, C) -> the same, with activation checkpointing of each block where `use_checkpoint` asks for it."""
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.use_checkpoint else block(x)
         return x

@@ -17,6 +17,7 @@ class FrameConv(nn.Conv3d):
         super().__init__(channels, out_channels, (1, 3, 3), padding=(0, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C_out, H, W)."""
         return F.conv2d(x, self.weight.squeeze(2), self.bias, padding=1)
 
 
@@ -31,6 +32,7 @@ class UpsampleBy4(nn.Module):
         self.add_module("10", FrameConv(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, 4H, 4W)."""
         first, second, last = self.children()
         for conv in (first, second):
             x = F.leaky_relu(F.pixel_shuffle(conv(x), 2), 0.1)

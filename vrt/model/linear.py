@@ -13,6 +13,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), of any number of leading axes."""
         if x.dtype != torch.float32 or x.numel() == 0 or not runs_eagerly_on_cpu(x):
             return super().forward(x)
         # One picture of one column, channels last: its memory is that of `x`.

@@ -26,6 +26,7 @@ class FlowLevel(nn.Module):
         self.basic_module = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, 8, H, W) -> (N, 2, H, W), in pixels of this level."""
         return self.basic_module(x)
 
 

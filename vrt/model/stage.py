@@ -45,6 +45,7 @@ class Reshape(nn.Sequential):
         self.rearrange = rearrange
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W, C) -> (B, D, H', W', dim)."""
         return super().forward(self.rearrange(x))
 
 
@@ -113,4 +114,5 @@ class ReconstructionGroup(nn.Module):
         self.linear = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W, C) -> the same."""
         return x + self.linear(self.residual_group(x))

@@ -66,7 +66,10 @@ def listens(processes: Iterable[psutil.Process], port: int) -> bool:
 
 
 def stop(marks: Sequence[str]) -> int:
-    """End all processes of the services; ask first, then kill. Returns how many there were."""
+    """End all processes of the services; ask first, then kill. Returns how many there were.
+
+    Raises ServiceError where one survives that.
+    """
     living = _all_members(marks)
     count = len(living)
     for process in living:
@@ -130,7 +133,7 @@ def is_taken_by_stranger(port: int, mark: str) -> bool:
 
 
 def free_port(first: int, without: Iterable[int]) -> int:
-    """The first free port from `first` on, leaving out those in `without`."""
+    """The first free port from `first` on, leaving out those in `without`. Raises ServiceError where 500 are taken."""
     last = min(first + 500, 65535)
     for port in range(first, last + 1):
         if port not in without and is_free(port):

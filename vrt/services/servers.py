@@ -44,17 +44,21 @@ class Server:
 
     @property
     def title(self) -> str:
+        """What people call it."""
         return TITLES[self.name]
 
     @property
     def address(self) -> str:
+        """The URL that its clients are given."""
         return f"http://127.0.0.1:{self.port}" + ("/api" if self.name == "prefect" else "")
 
     @property
     def mark(self) -> str:
+        """What its processes are known by, also to a later command."""
         return mark(self.name, self.data.parent)
 
     def start(self) -> Popen[bytes]:
+        """Start it, without waiting until it answers. Raises ServiceError where its program is not installed."""
         try:
             return process.start(self.command, self.environ, self.mark, self.data, self.log)
         except FileNotFoundError as error:
@@ -161,7 +165,10 @@ def create_bucket(server: Server, bucket: str) -> None:
 
 
 def create_bucket_elsewhere(endpoint: str, root: str) -> None:
-    """Create the bucket of artifact root `root` in an S3 server of the user's, if it isn't there; credentials are the environment's."""
+    """Create the bucket of artifact root `root` in an S3 server of the user's, if it isn't there; credentials are the environment's.
+
+    Raises ServiceError where that server does not answer, or refuses.
+    """
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError

@@ -33,6 +33,7 @@ class State:
 
     @property
     def endpoints(self) -> Endpoints:
+        """The addresses and keys that clients on this machine need."""
         s3, mlflow, prefect = (f"http://127.0.0.1:{self.ports[name]}" for name in ("s3", "mlflow", "prefect"))
         return Endpoints(s3, mlflow, f"{prefect}/api", self.access_key, self.secret_key)
 
@@ -57,7 +58,7 @@ def find_project(start: Path) -> Path | None:
 
 
 def load(folder: Path) -> State | None:
-    """The state in `folder`, or None where no service was ever started."""
+    """The state in `folder`, or None where no service was ever started. Raises ServiceError where its file is damaged."""
     path = folder / "services.json"
     try:
         text = path.read_text(encoding="utf-8")
@@ -96,7 +97,10 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one `up` or `down` at a time; the lock goes with its process, however that ends."""
+    """Hold the folder for one `up` or `down` at a time; the lock goes with its process, however that ends.
+
+    Raises ServiceError where another holds it for too long.
+    """
     with open(folder / "lock", "w") as file:
         waiting_since = None
         while True:

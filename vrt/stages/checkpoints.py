@@ -35,6 +35,7 @@ class Desk:
 
     @property
     def lineage(self) -> str:
+        """Its id, as the folder and the run are called."""
         return self.registry.lineage.id
 
     @property
@@ -122,7 +123,10 @@ def repair_all(desk: Desk, chosen: Sequence[Candidate], dry_run: bool) -> list[R
 
 
 def fetch_step(desk: Desk, step: int | None, to: Path | None) -> Path:
-    """Bring a step, or the newest registered one, from the store into a folder: the lineage's own, or `to`."""
+    """Bring a step, or the newest registered one, from the store into a folder: the lineage's own, or `to`.
+
+    Raises CheckpointError where the step is not in the store, or its copy there is damaged.
+    """
     if step is None:
         step = next((candidate.step for candidate in desk.known if candidate.registered), None)
         if step is None:
@@ -182,7 +186,10 @@ def _damaged_above_the_newest_healthy(desk: Desk, registered: Sequence[Candidate
 
 
 def adopt_files(source: Path, params_path: Path) -> Manifest:
-    """Make a checkpoint of the lineage of the params file of files without a manifest; `vrt train` registers it and goes on from it."""
+    """Make a checkpoint of the lineage of the params file of files without a manifest; `vrt train` registers it and goes on from it.
+
+    Raises CheckpointError where the lineage has checkpoints already, or the files make none.
+    """
     import torch
 
     params = load_params(params_path)

@@ -58,6 +58,7 @@ class Trainee:
 
     @property
     def checkpoints(self) -> CheckpointFolder:
+        """Its folder of them, which `vrt train` made."""
         return CheckpointFolder(self.folder / CHECKPOINTS / self.lineage.id)
 
     def train(self, total_steps: int, kill: Kill | None = None) -> Attempt:
@@ -111,6 +112,7 @@ class Trainee:
         return max(self.files, default=0)
 
     def newest_registered(self) -> int:
+        """The newest step in MLflow, asked anew; 0: there is none."""
         return max(self._registry().registered(), default=0)
 
     def registered_problems(self) -> list[str]:
@@ -132,6 +134,7 @@ class Trainee:
         return problems
 
     def lose_folder(self) -> None:
+        """Delete all local checkpoints, as a new machine would have none."""
         shutil.rmtree(self.folder / CHECKPOINTS)
 
     def damage(self) -> None:
@@ -198,6 +201,7 @@ class Drilled:
     _step: int = 0
 
     def start(self, kill: Kill | None, total_steps: int | None = None) -> None:
+        """Train up to `total_steps` or the kill, after preparing what that kill needs, and note what became of the kills before."""
         if kill and kill.where in (Phase.DOWNLOAD, Phase.REPAIR):
             if not self.trainee.checkpoints.steps() or not self.trainee.newest_registered():
                 # Before the first registration, or killed at its download just before: first there must be something to lose, and to fetch.

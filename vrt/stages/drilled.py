@@ -28,6 +28,7 @@ class Kill:
 
     @property
     def armed(self) -> str:
+        """What `KILL_AT` has to say for it, such as `upload:3`."""
         return f"{self.where}:{self.number:g}"
 
     def __str__(self) -> str:
@@ -95,6 +96,7 @@ class Recovery:
 
     @property
     def lost(self) -> int:
+        """Steps that had to be trained again."""
         return max(0, (self.at or 0) - self.resumed)
 
     def __str__(self) -> str:
@@ -123,6 +125,7 @@ class Verdict:
 
     @property
     def reasons(self) -> list[str]:
+        """All that is not proved, in words."""
         found = list(self.problems)
         for one in self.recoveries:
             if one.at is None:

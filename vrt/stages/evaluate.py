@@ -88,7 +88,10 @@ def test_clips(name: str, params: Params) -> PreparedData:
 
 
 def load_model(params: Params) -> tuple[torch.nn.Module, Manifest]:
-    """The released network (E where it was kept, else G) and the manifest of the checkpoint it came from."""
+    """The released network (E where it was kept, else G) and the manifest of the checkpoint it came from.
+
+    Raises CheckpointError where `model/` has none, or other bytes than its manifest says.
+    """
     folder = CheckpointFolder(MODEL)
     if not folder.steps():
         raise CheckpointError(f"{MODEL}: no trained model here; run `dvc repro train` (or `dvc pull` where it was trained elsewhere)")

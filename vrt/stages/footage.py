@@ -58,12 +58,14 @@ class VideoTarget:
     """A file whose sound it gets."""
 
     def keep(self, work: Path, first: int, frames: np.ndarray) -> None:
+        """One file per call, named by its first frame and the one after its last."""
         write_segment(work / f"{first:08d}-{first + len(frames):08d}{self.suffix}", frames, self.footage, first)
 
     def _segments(self, work: Path) -> list[Path]:
         return sorted(work.glob(f"[0-9]*-*{self.suffix}"))
 
     def kept(self, work: Path) -> int:
+        """Frames of the files that follow one another without a gap."""
         done = 0
         for segment in self._segments(work):
             first, stop = map(int, segment.stem.split("-"))
@@ -73,6 +75,7 @@ class VideoTarget:
         return done
 
     def finish(self, work: Path, path: Path) -> None:
+        """Join the files, without coding them anew, and add the sound."""
         join(self._segments(work), self.sound, path)
 
 
@@ -84,15 +87,18 @@ class PictureTarget:
     """One for each frame, without ending."""
 
     def keep(self, work: Path, first: int, frames: np.ndarray) -> None:
+        """Each frame as a PNG, which has its name only once it is whole."""
         for name, pixels in zip(self.names[first:], frames):
             unfinished = work / f"unfinished-{name}"
             _write_png(unfinished, pixels)
             unfinished.replace(work / f"{name}.png")
 
     def kept(self, work: Path) -> int:
+        """The number of the first picture that is missing."""
         return next((number for number, name in enumerate(self.names) if not (work / f"{name}.png").exists()), len(self.names))
 
     def finish(self, work: Path, path: Path) -> None:
+        """Rename the folder they are in."""
         for left_over in work.glob("unfinished-*"):
             left_over.unlink()
         work.rename(path)

@@ -54,15 +54,18 @@ class Restoring:
         self.size, self.begins = (max(source.count, self._least), *self._window.size), done
 
     def read(self, start: int, stop: int) -> Tensor:
+        """(1, D, C, H, W) in [0, 1], a noise level the fourth channel; a source shorter than the network's clip goes on backwards."""
         clip = as_floats(self._window.read(start, min(stop, self._count)))[None]
         if self._level is not None:
             clip = torch.cat([clip, torch.full_like(clip[:, :, :1], self._level)], dim=2)
         return continue_backwards(clip, self._least) if self._count < self._least else clip
 
     def frames(self, first: int, piece: Tensor) -> tuple[int, np.ndarray]:
+        """The frames themselves, as many as the source has: (D, H, W, 3)."""
         return first, self._window.quantised(piece[0, : max(0, self._count - first)])
 
     def before(self, first: int, count: int) -> Tensor:
+        """The source's own frames: (count, 3, h, w) in [0, 1]."""
         return as_floats(self._window.held(first, first + count))
 
 
@@ -80,12 +83,14 @@ class Doubling:
         self.size, self.begins = (source.count - 1, *self._window.size), done // 2
 
     def read(self, start: int, stop: int) -> Tensor:
+        """(1, stop - start, G * 3, H, W) in [0, 1]: the G given frames around each gap as the channels of one."""
         around = self._given // 2 - 1
         first, last = max(0, start - around), min(self._count, stop + 1 + around)
         numbers = np.arange(start - around, stop + 1 + around).clip(0, self._count - 1) - first
         return group(as_floats(self._window.read(first, last))[None, numbers], self._given)
 
     def frames(self, first: int, piece: Tensor) -> tuple[int, np.ndarray]:
+        """Given and made frames in turn, (2D, H, W, 3); with the last gap comes the last frame of the source."""
         made = self._window.quantised(piece[0])
         given = self._window.held(first, first + len(made))
         both = np.stack([given, made], axis=1).reshape(-1, *made.shape[1:])
@@ -94,6 +99,7 @@ class Doubling:
         return 2 * first, both
 
     def before(self, first: int, count: int) -> Tensor:
+        """(count, 3, h, w) in [0, 1]: given frames, and in each gap the mean of the two around it."""
         given = as_floats(self._window.held(first, first + count // 2 + 1))
         pairs = torch.stack([given[:-1], (given[:-1] + given[1:]) / 2], dim=1).flatten(0, 1)
         return torch.cat([pairs, given[-1:]])[:count]

@@ -39,6 +39,7 @@ class Outputs:
     preview: Output | None
 
     def each(self) -> list[Output]:
+        """The restored one, and the preview where there is one."""
         return [self.restored] + ([self.preview] if self.preview else [])
 
     def kept(self) -> int:

@@ -124,7 +124,10 @@ def train_in_team(training: Training, started: float) -> int:
 
 
 def lead(training: Training, started: float) -> int:
-    """Train as the one process that saves, publishes, validates and speaks to the services."""
+    """Train as the one process that saves, publishes, validates and speaks to the services.
+
+    Raises RuntimeError where the last state could not be saved.
+    """
     params, lineage, team, stop = training.params, training.lineage, training.team, training.stop
     policy = ResumePolicy.parse(params.checkpoints.resume)
     with locked(CHECKPOINTS), ExitStack() as at_the_end:

@@ -24,10 +24,12 @@ class History:
         return row
 
     def has(self, step: int, metric: str) -> bool:
+        """Whether the step was logged with this metric."""
         return metric in self._rows.get(step, {})
 
     @property
     def rows(self) -> list[Row]:
+        """In the order they were added, each with its step under "step"."""
         return list(self._rows.values())
 
     def newest(self) -> dict[str, float]:
@@ -44,6 +46,7 @@ class History:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "History":
+        """Undo `to_bytes`. Raises ValueError, KeyError or TypeError where that did not write `data`."""
         return cls(json.loads(line) for line in data.splitlines())
 
     def to_csv(self, keys: Iterable[str]) -> str:

@@ -58,8 +58,11 @@ class Validation:
 class Checkpoints(Protocol):
     """Where snapshots and metrics go. `save` waits for the copy of the state alone, `send` and `check` for nothing."""
 
-    def save(self, state: TrainingState, preview: bytes | None) -> None: ...
-    def send(self, row: Row) -> None: ...
+    def save(self, state: TrainingState, preview: bytes | None) -> None:
+        """Take a copy of the state, to be written behind the training; `preview` is a PNG."""
+
+    def send(self, row: Row) -> None:
+        """Log the metrics of a step, which is under "step"."""
 
     def check(self) -> None:
         """Raises what was found behind the training that must stop it: values that are no numbers, saves that fail, another trainer."""
@@ -199,9 +202,11 @@ class Speed:
         self.restart(step)
 
     def restart(self, step: int) -> None:
+        """Measure from here on: what took time before was no training."""
         self._step, self._since = step, time.monotonic()
 
     def at(self, step: int) -> float:
+        """Steps per second since the last call, or the last `restart`."""
         steps, seconds = step - self._step, time.monotonic() - self._since
         self.restart(step)
         return steps / seconds

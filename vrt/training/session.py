@@ -63,7 +63,10 @@ def read(state: TrainingState, manifest: Manifest, folder: Path) -> Parts:
 
 
 def read_what_fits(state: TrainingState, manifest: Manifest, folder: Path) -> tuple[Parts, list[str]]:
-    """As `read`, for a fork, whose network may be another: takes what fits by name and shape, and lists the rest in words."""
+    """As `read`, for a fork, whose network may be another: takes what fits by name and shape, and lists the rest in words.
+
+    Raises CheckpointError where none of the weights fits, or a file is damaged.
+    """
     weights, left = fitting(read_weights(folder / _name(manifest, NETWORK)).tensors, state.network.state_dict())
     if not weights:
         raise CheckpointError(f"{manifest.lineage} step {manifest.step}: none of its weights fits the network of the params file")
@@ -170,10 +173,14 @@ class Unkept:
         """`seen` is called with each step's metrics."""
         self.send = seen
 
-    def save(self, state: TrainingState, preview: bytes | None) -> None: ...
-    def check(self) -> None: ...
+    def save(self, state: TrainingState, preview: bytes | None) -> None:
+        """Nothing: the leader saves the same state."""
+
+    def check(self) -> None:
+        """Nothing can be wrong with saves that are not made."""
 
     def safe_step(self) -> int:
+        """0: this process saves nothing."""
         return 0
 
 
@@ -194,6 +201,7 @@ class SnapshotSink:
         self._constants: list[torch.Tensor] = []
 
     def save(self, state: TrainingState, preview: bytes | None) -> None:
+        """Named as KAIR names them, with the history, the preview and the facts of this training beside them."""
         if not self._networks:
             # Steps write into the same tensors, and to name thousands of them takes a quarter of a save.
             networks = {NETWORK: state.network} | ({EMA: state.ema} if state.ema is not None else {})
@@ -205,14 +213,17 @@ class SnapshotSink:
         self._saver.save(state.step, tensors, blobs, self._facts | {"origin": origin, "metrics": state.history.newest()}, self._constants)
 
     def check(self) -> None:
+        """Raises SavesFail, FloatingPointError or LeaseLost, as saver or publisher found it."""
         reason = self._saver.must_stop or self._publisher.lost
         if reason:
             raise reason
 
     def safe_step(self) -> int:
+        """Waits for the save at hand."""
         self._saver.wait()
         return self._saver.safe_step
 
     def send(self, row: Row) -> None:
+        """In the background, with what the machine was doing meanwhile."""
         self._publisher.send(row | self._machine())
         self._seen(row)
