@@ -11,9 +11,10 @@ import torch
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
+import vrt.params
 from vrt.params import Params, fingerprint, flatten, load_params
 from vrt.training.session import build_network
-from vrt.typed_yaml import ParamsError, read_yaml
+from vrt.typed_yaml import ParamsError, Section, read_yaml
 
 PROJECT = Path(__file__).resolve().parents[1]
 QUICKSTART = PROJECT / "recipes" / "quickstart.yaml"
@@ -98,6 +99,20 @@ def test_every_recipe_loads(recipe: Path):
 
 def test_the_projects_params_state_every_key_of_the_quickstart():
     assert flatten(read_yaml(PROJECT / "params.yaml")).keys() == flatten(read_yaml(QUICKSTART)).keys()
+
+
+def test_every_key_has_its_sentence():
+    sections = [section for section in vars(vrt.params).values() if isinstance(section, type) and issubclass(section, Section)]
+    assert len(sections) > 12
+    # A section and the kind of a degradation are explained by what their class says of itself.
+    by_class = {"kind", *(name for name in Params.model_fields if name not in ("name", "seed"))}
+    unexplained = [
+        f"{section.__name__}.{name}"
+        for section in sections
+        for name, field in section.model_fields.items()
+        if not field.description and name not in by_class
+    ]
+    assert unexplained == []
 
 
 def test_numbers_in_exponent_form_are_numbers(tmp_path: Path):

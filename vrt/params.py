@@ -49,6 +49,7 @@ class Bicubic(Section):
 
     kind: Literal["bicubic"]
     scale: Literal[4]
+    """How many times shorter the sides of the input are than those of the ground truth."""
 
 
 class BlurDown(Section):
@@ -56,6 +57,7 @@ class BlurDown(Section):
 
     kind: Literal["blur_down"]
     scale: Literal[4]
+    """How many times shorter the sides of the input are than those of the ground truth."""
     sigma: Annotated[float, Field(gt=0, le=8)]
     """Standard deviation of the blur in pixels of the ground truth; 1.6 in the papers."""
 
@@ -105,16 +107,21 @@ class Network(Section):
     """Keyword arguments of `vrt.model.network.VRT`, under the names the published training files use."""
 
     upscale: Literal[1, 4]
+    """How many times longer the sides of the output are than those of the input: 4 for super-resolution, else 1."""
     img_size: tuple[Positive, Positive, Positive]
-    """Frames, height and width of the input the windows are laid out for (training input, not a limit).
-    A shorter clip is continued by its own frames, backwards, when it is evaluated."""
+    """Frames, height and width of the published training's input, no limit to what is restored. Height and width change no result.
+    A clip of fewer frames is continued by its own, backwards, when it is evaluated; with pa_frames 0 a frame is made of that many."""
     window_size: tuple[Positive, Positive, Positive]
+    """Frames, height and width, in pixels of each stage's own scale, of the windows within which tokens attend to one another.
+    Mutual attention looks at pairs of frames, whatever the first number."""
     depths: tuple[Positive, ...]
     """Blocks per stage: seven for the U-shaped body, the rest for the reconstruction groups."""
     indep_reconsts: tuple[NotNegative, ...]
     """Stages (counted over all of `depths`) whose windows span a single frame."""
     embed_dims: tuple[Positive, ...]
+    """Channels per stage, one entry per entry of `depths`: multiples of the stage's heads, in the body also of 4 and of `pa_frames` / 2."""
     num_heads: tuple[Positive, ...]
+    """Attention heads per stage, one entry per entry of `depths`; they share the channels evenly."""
     pa_frames: Literal[0, 2, 4, 6]
     """Neighbour frames aligned to each frame, on both sides together; 0: none, as for frame interpolation."""
     deformable_groups: NotNegative
@@ -165,16 +172,19 @@ class Optimizer(Section):
     """Adam with a cosine learning rate, both functions of the step alone."""
 
     lr: Annotated[float, Field(gt=0)]
+    """The learning rate that the cosine begins at, without a warm-up."""
     lr_min: Annotated[float, Field(ge=0)]
     """The learning rate at and after the end of the cosine."""
     lr_period: Positive
     """Steps from `lr` to `lr_min`."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    """How much of Adam's running means of the gradient, and of its square, stays from one step to the next."""
     charbonnier_eps: Annotated[float, Field(gt=0)]
     """Added to the squared error under the root of the loss."""
     flow_names: tuple[str, ...]
     """Parameters whose name contains one of these train at `flow_lr_scale` and start frozen."""
     flow_lr_scale: Annotated[float, Field(gt=0)]
+    """What `lr` is multiplied by for those parameters; `lr_min` is the same for all."""
     flow_frozen_steps: NotNegative
     """Steps for which those parameters stay frozen."""
 
@@ -189,6 +199,7 @@ class Train(Section):
     """How long, on what and how a training computes."""
 
     total_steps: Positive
+    """The step, counted from 1, after which the training is done; a higher number continues it."""
     batch_size: Positive
     """Clips per step, over all processes together."""
     frames: Annotated[int, Field(ge=2)]
@@ -278,6 +289,7 @@ class Params(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """What the training is called: its MLflow runs and its registered model `vrt-NAME`."""
     seed: NotNegative
+    """Decides the initial weights and, together with the step, all that is drawn: clips, crops, turns, degradation, dropped branches."""
     degradation: Degradation
     data: Data
     network: Network

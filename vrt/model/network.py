@@ -28,7 +28,29 @@ MULTIPLE = 8
 class VRT(nn.Module):
     """Restores the frames of a clip with the help of their neighbours: super-resolution, deblurring, denoising, frame interpolation.
 
-    The arguments carry the names of the published training files; `recipes/` explains them.
+    The arguments carry the names of the published training files. A stage is a part of the body or a reconstruction group; lists have an
+    entry for each.
+
+    upscale: side of the output by that of the input: 1 or 4, with `pa_frames` 0 only 1.
+    in_chans, out_chans: channels of a frame that goes in, without the noise level, and of all that comes out: 3 and 3; with `pa_frames` 0
+    3 for each frame in between.
+    img_size: (frames, height, width) of the training input. With `pa_frames` 0 a clip must have as many frames; nothing else depends on it.
+    window_size: (frames, height, width) of the windows of self attention, in pixels of a stage's scale. Those of mutual attention have two
+    frames.
+    depths: blocks of each stage: seven for the body, at scales 1, 1/2, 1/4, 1/8, 1/4, 1/2, 1, then one or more reconstruction groups.
+    indep_reconsts: the reconstruction groups, counted over all of `depths` from 0, whose windows span one frame.
+    embed_dims: channels of each stage, multiples of its heads and, in the body, of 4 and of `pa_frames` / 2.
+    num_heads: attention heads of each stage.
+    mul_attn_ratio: share, in [0, 1], of the blocks of a stage of the body that have mutual attention beside self attention, rounded down.
+    mlp_ratio: hidden channels of a block's MLP by the block's own.
+    qkv_bias: whether the projections to queries, keys and values have a bias.
+    drop_path_rate: in [0, 1), how likely in training a sample skips a residual branch of the last block; linear over all of `depths`, from 0.
+    pa_frames: neighbours aligned to each frame, on both sides together: 2, 4 or 6. 0: nothing is aligned, and what is made are the frames in
+    between.
+    deformable_groups: groups of channels that the alignment moves independently; a multiple of `pa_frames` / 2 that divides the channels of
+    the neighbours on one side. Without a meaning for `pa_frames` 0.
+    nonblind_denoising: whether the input has the noise level as a further channel.
+    use_checkpoint: keep the inputs of blocks and alignments alone, and compute the rest anew for their gradients: less memory, the same result.
 
     Raises ValueError where the arguments don't fit one another.
     """
