@@ -1,46 +1,61 @@
 """Every command that the documentation tells people to type is typed here, or by another test, or is listed with the reason why none can."""
 
 import ast
+import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.documentation import PAGES, PROJECT, commands
+from tests.documentation import PAGES, PROJECT, blocks, commands
 from tests.footage import moving, write_video
 from tests.pipelines.conftest import at_work
 from tests.same_training import lineage_folder, lineages
+from tests.test_tutorial import DONE as DONE_BEFORE
+from tests.test_tutorial import PAGE as TUTORIAL
 from vrt.params import load_params
 from vrt.training.session import build_network
 
 DOCUMENTED = {command for page in PAGES for command in commands(page)}
+TOGETHER = '"vrt", "train", "--processes", "1", "--machines", "2", "--meet"'
+# Where it is run, and how it is written there.
 BY_ANOTHER_TEST = {
-    "deploy/backup.sh /backups/vrt": "tests/test_topology.py",
-    "deploy/restore.sh /backups/vrt bucket": "tests/test_topology.py",
-    "deploy/restore.sh /backups/vrt mlflow": "tests/test_topology.py",
-    "REVISION=$(git rev-parse HEAD) docker compose up --build --detach": "tests/test_topology.py",
-    "make .venv/.installed": ".ci/run",
-    "make serve": "tests/pipelines/conftest.py",
-    "make test": ".ci/run",
-    "prefect flow-run cancel": "tests/pipelines/test_train_flow.py",
-    "prefect work-pool create vrt --type process": "tests/pipelines/conftest.py",
-    "prefect worker start --pool vrt": "tests/pipelines/conftest.py",
-    'python -c "from pipelines.train import train; train()"': "tests/pipelines/test_killed.py",
-    "vrt drill": "tests/stages/test_drill.py",
-    "vrt restore noisy.mp4 -o by-the-champion.mkv --checkpoint champion": "tests/test_tutorial.py",
-    "vrt restore noisy.mp4 -o restored.mp4 --preview": "tests/test_tutorial.py",
-    "vrt train --machines 2 --meet 10.0.0.1:29500": "tests/stages/test_together.py",
-    "vrt train --machines 2 --meet HOST:PORT": "tests/stages/test_together.py",
-    "VRT_MACHINES=2 VRT_MEET=10.0.0.1:29500 dvc repro": "tests/stages/test_together.py",
+    "deploy/backup.sh /backups/vrt": ("tests/test_topology.py", 'topology.run_script("deploy/backup.sh", str(backup))'),
+    "deploy/restore.sh /backups/vrt bucket": ("tests/test_topology.py", 'topology.run_script("deploy/restore.sh", str(backup), "bucket")'),
+    "deploy/restore.sh /backups/vrt mlflow": ("tests/test_topology.py", 'topology.run_script("deploy/restore.sh", str(backup), "mlflow")'),
+    "make demo": ("tests/test_documented_commands.py", '["make", "demo"]'),
+    "make test": (".ci/run", "exec make test"),
+    "prefect flow-run cancel": ("tests/pipelines/test_train_flow.py", 'worker.prefect("flow-run", "cancel", '),
+    'python -c "from pipelines.train import train; train()"': (
+        "tests/pipelines/test_killed.py",
+        '"from pipelines.train import train; train(retry_pause=0)"',
+        'sys.executable, "-c", script',
+    ),
+    "rclone copy BUCKET:mlflow/1/RUN/artifacts/checkpoints/00004000 checkpoints/NAME-FINGERPRINT": (
+        "tests/test_topology.py",
+        'topology.ask("rclone", "copy", "--config", "/dev/null", f"{bucket}/{Path(max(found)).parent}", str(checkpoints))',
+    ),
+    "vrt drill": ("tests/stages/test_drill.py", 'workspace.vrt("drill", '),
+    "vrt train --machines 2 --meet 10.0.0.1:29500": ("tests/stages/test_together.py", TOGETHER),
+    "vrt train --machines 2 --meet HOST:PORT": ("tests/stages/test_together.py", TOGETHER),
+}
+# What such a test has values of its own for.
+VALUES = {
+    *("/backups/vrt", "HOST:PORT", "10.0.0.1:29500", "python"),
+    *("BUCKET:mlflow/1/RUN/artifacts/checkpoints/00004000", "checkpoints/NAME-FINGERPRINT"),
 }
 NO_ENGINE = "needs a container engine; tests/test_container.py and tests/test_topology.py run what it would"
 NO_CLUSTER = "needs a cluster; tests/pipelines/test_pools.py makes its jobs"
 MEASURES = "measures for minutes to hours; its results are committed"
 BY_NO_TEST = {
+    "REVISION=$(git rev-parse HEAD) docker compose up --build --detach": NO_ENGINE,
+    "VRT_MACHINES=2 VRT_MEET=10.0.0.1:29500 dvc repro": "needs two machines; tests/stages/test_together.py gives `vrt train` these variables",
     "docker build": NO_ENGINE,
     "docker build --tag vrt --build-arg REVISION=$(git rev-parse HEAD) .": NO_ENGINE,
     "docker build --tag vrt --build-arg TORCH_WHEELS=https://... .": NO_ENGINE,
@@ -58,14 +73,18 @@ BY_NO_TEST = {
     "--volume vrt-checkpoints:/srv/vrt/checkpoints --volume $PWD/params.yaml:/srv/vrt/params.yaml vrt vrt train": NO_ENGINE,
     "docker inspect": NO_ENGINE,
     "docker stop": NO_ENGINE,
+    "echo $MLFLOW_TRACKING_URI": "the shell's own",
+    "git pull": "git's own",
     "kubectl apply --filename deploy/kubernetes-rights.yaml": NO_CLUSTER,
     "kubectl create deployment vrt-worker --image vrt:latest -- prefect worker start --pool vrt-kubernetes": NO_CLUSTER,
     "kubectl create secret generic vrt-servers --from-env-file servers.env": NO_CLUSTER,
     "kubectl set env deployment/vrt-worker --from secret/vrt-servers": NO_CLUSTER,
     "kubectl set env deployment/vrt-worker PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES=default": NO_CLUSTER,
     "kubectl set serviceaccount deployment vrt-worker vrt-worker": NO_CLUSTER,
+    "make .venv/.installed": "`make test` and `make demo` begin with it",
     "make demo UV=uv": "needs uv",
     "make lock": "needs uv, and a newer world",
+    "make serve": "`vrt services up`, then what tests/pipelines/conftest.py starts, and both until they are ended",
     "make test-long": "runs this test",
     "python -m benchmarks.data": MEASURES,
     "python -m benchmarks.network": MEASURES,
@@ -74,7 +93,7 @@ BY_NO_TEST = {
     "python -m docs.screenshots": "takes the pictures of the documentation, for people to look at",
     "python -m pytest tests/data -n 2": "runs tests as .ci/run does",
 }
-ONLY_NAMED = {"dvc add", "vrt data import", "vrt restore"}
+ONLY_NAMED = {"dvc add", "kill -9", "vrt data import", "vrt restore"}
 IN_THE_IMAGE = "docker compose run --rm worker "
 
 
@@ -117,11 +136,50 @@ def reader(make_workspace, tmp_path) -> Reader:
     return Reader(make_workspace("reader"), tmp_path)
 
 
+def typed_here() -> set[str]:
+    """What tests of this file give to `Reader.types`."""
+    calls = [node for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return {ast.literal_eval(call.args[0]) for call in calls if call.func.attr == "types"}
+
+
 def test_every_documented_command_is_typed_or_accounted_for():
-    typed = {node.value for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    assert DOCUMENTED - typed == set()
-    assert {*BY_ANOTHER_TEST, *BY_NO_TEST, *ONLY_NAMED} - DOCUMENTED == set()
-    assert [path for path in BY_ANOTHER_TEST.values() if not (PROJECT / path).exists()] == []
+    by_the_tutorial = {command for language, content in blocks(TUTORIAL) if not language for command in content.splitlines()} - {*DONE_BEFORE}
+    accounts = [typed_here(), by_the_tutorial, {*BY_ANOTHER_TEST}, {*BY_NO_TEST}, ONLY_NAMED]
+    assert DOCUMENTED - set().union(*accounts) == set()
+    assert set().union(*accounts) - DOCUMENTED == set()
+
+
+@pytest.mark.parametrize("command", BY_ANOTHER_TEST)
+def test_the_other_test_really_runs_it(command: str):
+    path, *written = BY_ANOTHER_TEST[command]
+    assert [part for part in written if part not in (PROJECT / path).read_text()] == []
+    words = {*re.findall(r"[^\s\"';()]+", command)} - VALUES
+    assert {word for word in words if word not in " ".join(written)} == set()
+
+
+def test_what_people_type_before_they_have_servers(make_project, tmp_path):
+    reader = Reader(make_project("beginner"), tmp_path)
+    root = reader.workspace.root
+    (root / ".venv").symlink_to(sys.prefix)
+    found = reader.types("source .venv/bin/activate", {"activate": "activate && command -v vrt"})
+    assert Path(found.strip()).samefile(Path(sys.prefix) / "bin" / "vrt")
+    shutil.copy2(PROJECT / ".env.example", root)
+    reader.types("cp .env.example .env")
+    assert "POSTGRES_PASSWORD=" in (root / ".env").read_text()
+    assert subprocess.run(["git", "check-ignore", "--quiet", ".env"], cwd=PROJECT, check=False).returncode == 0, "passwords would be committed"
+    status = f"{sys.executable} -m vrt services status --given"
+    told = reader.types(
+        "export MLFLOW_TRACKING_URI=http://HOST:5000 PREFECT_API_URL=http://HOST:4200/api AWS_ENDPOINT_URL=http://HOST:9000",
+        {"HOST": "127.0.0.1", ":9000": f":9000 && {status} --json"},
+        code=1,
+    )
+    addresses = {service["address"] for service in json.loads(told)}
+    assert addresses == {"http://127.0.0.1:5000", "http://127.0.0.1:4200/api", "http://127.0.0.1:9000"}
+    keys = f"{sys.executable} -c 'import boto3; print(boto3.Session().get_credentials().get_frozen_credentials()[:2])'"
+    used = reader.types(
+        "export AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=...", {"KEY_ID=...": "KEY_ID=who", "ACCESS_KEY=...": f"ACCESS_KEY=secret && {keys}"}
+    )
+    assert used.strip() == "('who', 'secret')"
 
 
 @pytest.mark.long
@@ -233,18 +291,27 @@ def test_what_people_type_about_prefect(reader):
         assert "Completed" in reader.types("prefect deployment run train/vrt", {"train/vrt": "train/vrt --watch"})
         workspace.edit(train__total_steps=28)
         assert "Completed" in reader.types("prefect deployment run train/vrt -p processes=4", {"train/vrt": "train/vrt --watch"})
-        places = "prefect deployment run restore/vrt -p input=$PWD/old.mp4 -p output=$PWD/new.mp4"
-        assert "Completed" in reader.types(places, {"restore/vrt": "restore/vrt --watch"})
+        restored = reader.types(
+            "prefect deployment run restore/vrt -p input=$PWD/old.mp4 -p output=$PWD/new.mp4", {"restore/vrt": "restore/vrt --watch"}
+        )
+        assert "Completed" in restored
         # Its training takes GPUs and days, and a data set that people have to bring.
         rehearsed = {"train/vrt": "train/vrt --watch -p dry_run=true"}
-        of_recipe = (
-            'prefect deployment run train/vrt -p recipe=006_videodeblurring_GoPro -p \'overrides={"name": "mine", "train.total_steps": 1000}\''
+        of_recipe = reader.types(
+            'prefect deployment run train/vrt -p recipe=006_videodeblurring_GoPro -p \'overrides={"name": "mine", "train.total_steps": 1000}\'',
+            rehearsed,
         )
-        assert "Completed" in reader.types(of_recipe, rehearsed)
-        of_data = 'docker compose run --rm worker prefect deployment run train/vrt -p \'overrides={"name": "mine", "data.dataset": "mine"}\''
-        assert "Completed" in reader.types(of_data, {IN_THE_IMAGE: "", **rehearsed})
+        assert "Completed" in of_recipe
+        of_data = reader.types(
+            'docker compose run --rm worker prefect deployment run train/vrt -p \'overrides={"name": "mine", "data.dataset": "mine"}\'',
+            {IN_THE_IMAGE: "", **rehearsed},
+        )
+        assert "Completed" in of_data
         # Two hosts that really meet are in tests/stages/test_together.py.
         assert "Completed" in reader.types("prefect deployment run train/vrt -p machines=2 -p meet=10.0.0.1:29500", rehearsed)
+    process = f"vrt-{os.getpid()}"
+    reader.types("prefect work-pool create vrt --type process", {"create vrt": f"create {process}"})
+    assert "started!" in reader.types("prefect worker start --pool vrt", {"--pool vrt": f"--pool {process} --run-once"})
     pool = {"vrt-kubernetes": f"vrt-kubernetes-{os.getpid()}"}
     reader.types("prefect work-pool create vrt-kubernetes --type kubernetes --base-job-template deploy/kubernetes-pool.json", pool)
     reader.types("prefect --no-prompt deploy pipelines/train.py:train --name kubernetes --pool vrt-kubernetes", pool)
@@ -265,7 +332,6 @@ def test_the_first_command_of_the_readme_installs_trains_and_shows_what_was_gain
     subprocess.run(["git", "clone", "--quiet", str(PROJECT), str(tmp_path / "vrt")], check=True)
     hidden = {"VRT_HOME", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL", "VIRTUAL_ENV", "PYTHONPATH"}
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    assert "make demo" in DOCUMENTED
     try:
         ended = subprocess.run(
             ["make", "demo"], cwd=tmp_path / "vrt", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
