@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.documentation import PAGES, PROJECT, commands
 from vrt.cli import parser
@@ -16,7 +19,17 @@ from vrt.stages.recipes import all_recipes
 
 SOURCES = "\n".join(path.read_text() for path in sorted([*PROJECT.glob("vrt/**/*.py"), *PROJECT.glob("pipelines/*.py")]))
 # Said by others.
-FOREIGN = {"ready twice", "Invalid Host header", "RequestTimeTooSkewed", "Running"}
+OF_TORCH = (
+    "Error(s) in loading state_dict for VRT",
+    "loaded state dict contains a parameter group that doesn't match the size of optimizer's group",
+    "Expected to have finished reduction in the prior iteration before starting a new one",
+    "Expected to mark a variable ready only once",
+    "has been marked as ready twice",
+)
+FOREIGN = {
+    *(*OF_TORCH, "CUDA out of memory. Tried to allocate ...", "object has no attribute '_set_static_graph'"),
+    *("Invalid Host header", "RequestTimeTooSkewed", "Running"),
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -60,6 +73,42 @@ def test_every_message_that_troubleshooting_explains_is_one_of_ours():
             unknown.append(symptom)
     assert len(symptoms) > 12
     assert not unknown, unknown
+
+
+def test_the_messages_of_torch_are_those_that_it_has(tmp_path):
+    class Half(nn.Module):
+        """Trains a layer, and has another one."""
+
+        def __init__(self):
+            super().__init__()
+            self.used, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return checkpoint(self.used, x, use_reentrant=True)
+
+    def train(find_unused_parameters: bool) -> None:
+        network = nn.parallel.DistributedDataParallel(Half(), find_unused_parameters=find_unused_parameters)
+        for _ in range(2):
+            network(torch.ones(1, 2, requires_grad=True)).sum().backward()
+
+    def load_weights() -> None:
+        VRT(**load_params(PROJECT / "params.yaml").network.model_dump()).load_state_dict({})
+
+    def load_optimizer() -> None:
+        other = torch.optim.Adam(nn.Linear(2, 2, bias=False).parameters())
+        torch.optim.Adam(nn.Linear(2, 2).parameters()).load_state_dict(other.state_dict())
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    said = ""
+    try:
+        for provoke in (load_weights, load_optimizer, lambda: train(False), lambda: train(True)):
+            with pytest.raises((RuntimeError, ValueError)) as raised:
+                provoke()
+            said += f"{raised.value}\n"
+    finally:
+        dist.destroy_process_group()
+    page = (PROJECT / "docs" / "troubleshooting.md").read_text()
+    assert [message for message in OF_TORCH if message not in said or f"`{message}`" not in page] == []
 
 
 def test_the_page_of_recipes_has_them_as_they_are():
