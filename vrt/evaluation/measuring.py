@@ -59,7 +59,7 @@ class Measuring:
         self._kept: Triple | None = None
 
     def add(self, first: int, degraded: Tensor, truth: Tensor, restored: Tensor) -> None:
-        """Frames from `first` on: `degraded` (D, C, h, w), `truth` (D, 3, H, W), `restored` (D, 3, H, W), all in [0, 1].
+        """Frames from `first` on: `degraded` (D, C, h, w), `truth` (D, 3, H, W), `restored` (D, 3, H, W).
 
         Raises ValueError where `restored` has another shape than `truth`.
         """

@@ -65,7 +65,7 @@ def read(state: TrainingState, manifest: Manifest, folder: Path) -> Parts:
 def read_what_fits(state: TrainingState, manifest: Manifest, folder: Path) -> tuple[Parts, list[str]]:
     """As `read`, for a fork, whose network may be another: takes what fits by name and shape, and lists the rest in words.
 
-    Raises CheckpointError where none of the weights fits, or a file is damaged.
+    Raises CheckpointError where none of the weights fits, or the file of weights or of metrics is damaged.
     """
     weights, left = fitting(read_weights(folder / _name(manifest, NETWORK)).tensors, state.network.state_dict())
     if not weights:
