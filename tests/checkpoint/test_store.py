@@ -8,7 +8,8 @@ import boto3
 import pytest
 from botocore.config import Config
 
-from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+from tests.wrong_clock import set_clock
+from vrt.checkpoint.errors import CheckpointError, ClockRefused, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.store import S3Store
 
@@ -115,6 +116,20 @@ def test_wrong_credentials_are_named_and_may_be_mended_meanwhile(store, folder, 
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     with pytest.raises(StoreUnavailable, match="the store refused .*check the credentials, the bucket and its policy"):
         store.publish(commit(folder, 40), folder.path)
+
+
+def test_a_wrong_clock_is_told_from_wrong_credentials_whatever_was_asked(store, folder, commit, prefix, monkeypatch):
+    manifest = commit(folder, 40)
+    set_clock(monkeypatch, 3600)
+    # A trainer's first request is answered without a body, which would have the store's reason.
+    for call in (lambda: store.publish(manifest, folder.path), lambda: store.put_beside(f"s3://mlflow/{prefix}/00000040", {"x": b"y"})):
+        with pytest.raises(
+            ClockRefused, match=r"the store refused this machine's clock, which is \+3(599|600|601) s off .*; synchronise both by NTP"
+        ):
+            call()
+    assert store.seconds_ahead() == pytest.approx(3600, abs=2)
+    set_clock(monkeypatch, 600)
+    store.publish(manifest, folder.path)
 
 
 def test_no_credentials_are_named_with_the_variables_to_set(store, folder, commit, monkeypatch, tmp_path):

@@ -4,10 +4,11 @@ import time
 import uuid
 from contextlib import suppress
 
+from vrt.checkpoint.answers import status
 from vrt.checkpoint.errors import StoreUnavailable
 from vrt.checkpoint.lease import Notes
 from vrt.checkpoint.registry import MlflowRegistry
-from vrt.checkpoint.store import S3Store, split, status
+from vrt.checkpoint.store import S3Store, split
 
 LEASE = "vrt.lease."
 # Longer than a trainer that looks and then writes takes in between.

@@ -23,6 +23,10 @@ class StoreRefuses(StoreUnavailable):
     """The store answered no: to these credentials, for this bucket. Rights can be mended while the training goes on."""
 
 
+class ClockRefused(StoreRefuses):
+    """The store takes no request of this machine's, whose clock is too far off."""
+
+
 class SavesFail(RuntimeError):
     """Saving failed so often, or so early, that going on would risk the training."""
 

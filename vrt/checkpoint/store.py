@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from vrt.checkpoint.errors import CheckpointError, Missing, StoreRefuses, StoreUnavailable
+from vrt.checkpoint.answers import as_ours, seconds_ahead, status
+from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
 from vrt.checkpoint.manifest import FileEntry, Manifest, manifest_name
 from vrt.checkpoint.phases import Phase, reached
 from vrt.checkpoint.ranges import in_order
@@ -276,6 +277,16 @@ class S3Store:
                 client.delete_object(Bucket=bucket, Key=key)
         return len(keys)
 
+    def seconds_ahead(self) -> float | None:
+        """How far this machine's clock is ahead of the store's, which a refusal tells too; None: this store does not tell its time."""
+        from botocore.exceptions import ClientError
+
+        with self.guarded(self._prefix) as client:
+            try:
+                return seconds_ahead(client.head_bucket(Bucket=split(f"{self._prefix}/")[0]))
+            except ClientError as error:
+                return seconds_ahead(error.response)
+
     def _sha256(self, client, bucket: str, key: str, size: int) -> str | None:
         """Digest of the object's bytes; None where there is no such object of that size, or not with the bytes that were sent."""
         from botocore.exceptions import ClientError, FlexibleChecksumError
@@ -323,16 +334,7 @@ class S3Store:
             answer = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, ClientError)), None)
             if answer is None:
                 raise StoreUnavailable(f"{address}: the store does not answer ({error})") from error
-            if answer.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
-                raise Missing(f"{address}: there is no such object in the store ({answer})") from error
-            # No verdict on the checkpoint.
-            refused = StoreUnavailable if status(answer) >= 500 else StoreRefuses
-            raise refused(f"{address}: the store refused ({answer}); check the credentials, the bucket and its policy") from error
-
-
-def status(error) -> int:
-    """The HTTP status that an error of botocore carries; 0: none."""
-    return getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            raise as_ours(address, answer) from error
 
 
 def split(address: str) -> tuple[str, str]:
