@@ -118,17 +118,17 @@ def test_wrong_credentials_are_named_and_may_be_mended_meanwhile(store, folder, 
         store.publish(commit(folder, 40), folder.path)
 
 
-def test_a_wrong_clock_is_told_from_wrong_credentials_whatever_was_asked(store, folder, commit, prefix, monkeypatch):
+@pytest.mark.parametrize("ahead, told", [(3600, r"\+3(599|600|601)"), (-3600, r"-3(599|600|601)")])
+def test_a_wrong_clock_is_told_from_wrong_credentials_whatever_was_asked(store, folder, commit, prefix, monkeypatch, ahead: int, told: str):
     manifest = commit(folder, 40)
-    set_clock(monkeypatch, 3600)
+    set_clock(monkeypatch, ahead)
+    refused = f"the store refused this machine's clock, which is {told} s off .*; synchronise both by NTP"
     # A trainer's first request is answered without a body, which would have the store's reason.
     for call in (lambda: store.publish(manifest, folder.path), lambda: store.put_beside(f"s3://mlflow/{prefix}/00000040", {"x": b"y"})):
-        with pytest.raises(
-            ClockRefused, match=r"the store refused this machine's clock, which is \+3(599|600|601) s off .*; synchronise both by NTP"
-        ):
+        with pytest.raises(ClockRefused, match=refused):
             call()
-    assert store.seconds_ahead() == pytest.approx(3600, abs=2)
-    set_clock(monkeypatch, 600)
+    assert store.seconds_ahead() == pytest.approx(ahead, abs=2)
+    set_clock(monkeypatch, ahead / 6)
     store.publish(manifest, folder.path)
 
 

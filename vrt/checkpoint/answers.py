@@ -30,8 +30,8 @@ def as_ours(address: str, error: BaseException) -> Exception:
     # No verdict on the checkpoint.
     if status(error) >= 500:
         return StoreUnavailable(_refused(address, error))
-    # The answer to a HEAD request has no room for the code.
-    if code == "RequestTimeTooSkewed" or (status(error) == 403 and ahead is not None and abs(ahead) > MOST_SECONDS_ACCEPTED):
+    # Not by the code alone: the answer to a HEAD request has no room for it, and rclone calls a clock that is behind AccessDenied.
+    if code == "RequestTimeTooSkewed" or (ahead is not None and abs(ahead) > MOST_SECONDS_ACCEPTED):
         off = f", which is {ahead:+.0f} s off the store's" if ahead is not None else ""
         return ClockRefused(f"{address}: the store refused this machine's clock{off} ({error}); synchronise both by NTP")
     return StoreRefuses(_refused(address, error))
