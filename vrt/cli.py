@@ -99,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="whether all that a training needs is there and works, and how to mend what does not")
     doctor.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: params.yaml)")
     doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument("--before-preparing", action="store_true", help="look at the raw data set alone: data/prepared/ is made anew after that")
     doctor.set_defaults(run=_doctor)
     drill = commands.add_parser("drill", help="prove by killing, on your own services and recipe, that nothing is lost")
     drill.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: params.yaml)")
@@ -165,7 +166,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from vrt.stages.doctor import run_doctor
 
     _lead_to_services()
-    return run_doctor(args.params, args.json)
+    return run_doctor(args.params, args.json, args.before_preparing)
 
 
 def _drill(args: argparse.Namespace) -> int:

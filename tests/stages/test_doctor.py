@@ -1,20 +1,22 @@
 """`vrt doctor` finds what would stop a training, and says how to mend it."""
 
+import ast
 import http.server
 import json
+import re
 import shutil
 import threading
-from collections import namedtuple
 from pathlib import Path
 
 import boto3
 import pytest
 
+from tests.wrong_clock import set_clock
 from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_UNAVAILABLE
 from vrt.params import load_params
 from vrt.stages import doctor
-from vrt.stages.doctor import Finding, checkpoint_bytes, verdict
-from vrt.training.session import build_network
+from vrt.stages.doctor import verdict
+from vrt.stages.finding import Finding
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,12 @@ def here(workspace, services, monkeypatch):
     return workspace
 
 
-def found(check) -> Finding:
+def found(check):
     return check(load_params(Path("params.yaml")))
+
+
+def of_s3() -> Finding:
+    return doctor.s3("s3://mlflow")
 
 
 def objects(services, bucket: str) -> list[str]:
@@ -42,7 +48,7 @@ def test_where_everything_works_it_says_so_and_leaves_nothing(here, services):
     ended = here.vrt("doctor", "--json")
     findings = {finding["subject"]: finding for finding in json.loads(ended.stdout)}
     assert ended.returncode == EXIT_DONE, ended.stdout
-    assert list(findings) == ["processor", "disk", "data", "MLflow", "S3", "DVC remote", "clock", "Prefect", "git"]
+    assert list(findings) == ["processor", "memory", "disk", "data", "MLflow", "S3", "DVC remote", "clock", "Prefect", "git"]
     assert {subject for subject, finding in findings.items() if finding["state"] != "ok"} == {"git"}, findings
     assert "an object was written, listed, read and deleted" in findings["S3"]["found"]
     assert findings["git"]["remedy"] == "runs will not name their code: `git init`, `git commit`"
@@ -60,12 +66,12 @@ def test_services_that_are_gone_are_named_with_what_to_run(here):
 def test_a_wrong_key_is_told_from_a_store_that_is_gone(here, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
-    refused = found(doctor.s3)
+    refused = of_s3()
     assert refused.state == "wrong" and refused.remedy == "the key needs the rights to put, get, list and delete objects", refused
-    assert found(doctor.remote).state == "ok", "DVC has its own key"
+    assert doctor.remote().state == "ok", "DVC has its own key"
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    gone = found(doctor.s3)
+    gone = of_s3()
     assert gone.state == "unavailable" and "does not answer" in gone.found
 
 
@@ -75,11 +81,11 @@ def test_the_remote_of_dvc_is_tried_with_its_own_key(here, tmp_path, monkeypatch
     shutil.copy(here.root / "params.yaml", tmp_path)
     local = tmp_path / ".dvc/config.local"
     local.write_text(local.read_text().replace("secret_access_key = ", "secret_access_key = x"))
-    assert found(doctor.remote).state == "wrong"
+    assert doctor.remote().state == "wrong"
     local.write_text("[core\n")
-    assert found(doctor.remote).state == "wrong" and "expected DVC's settings" in found(doctor.remote).found
+    assert doctor.remote().state == "wrong" and "expected DVC's settings" in doctor.remote().found
     shutil.rmtree(tmp_path / ".dvc")
-    assert found(doctor.remote) == Finding(
+    assert doctor.remote() == Finding(
         "DVC remote", "warning", "none at s3://", "`dvc remote add --default NAME s3://BUCKET`, or data and models stay on this machine"
     )
 
@@ -101,16 +107,47 @@ def test_data_that_a_training_refuses_are_told_before(here):
         here.edit(data__dataset="tiny")
 
 
-def test_a_disk_too_small_for_the_checkpoints_is_told(here, monkeypatch):
-    params = load_params(Path("params.yaml"))
-    network = build_network(params.network)
-    size = sum(value.nbytes for value in network.state_dict().values())
-    assert checkpoint_bytes(params) == 2 * size + 2 * sum(value.nbytes for value in network.parameters())
-    needed = checkpoint_bytes(params) * 6
-    for free, state in ((needed, "ok"), (needed - 1, "wrong")):
-        usage = namedtuple("usage", "total used free")(10**12, 0, free)
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _, usage=usage: usage)
-        assert found(doctor.disk).state == state
+def test_raw_data_that_a_pull_fetches_are_no_reason_to_give_up(here):
+    raw = here.root / "data/raw"
+    here.edit(data__dataset="added")
+    try:
+        assert found(doctor.data).found == "no data set data/raw/added", "clips of another data set are prepared"
+        (raw / "added.dvc").write_text("outs:\n- path: added\n")
+        fetched = Finding("data", "warning", "data/raw/added is not here yet", "`dvc pull data/raw/added.dvc`, which the flow `train` does by itself")
+        assert found(doctor.data) == found(doctor.raw_data) == fetched
+        shutil.copytree(raw / "tiny", raw / "added")
+        assert found(doctor.data) == Finding("data", "ok", "data/raw/added is here; `dvc repro` prepares it")
+    finally:
+        shutil.rmtree(raw / "added", ignore_errors=True)
+        (raw / "added.dvc").unlink(missing_ok=True)
+        here.edit(data__dataset="tiny")
+
+
+def test_before_preparing_clips_that_were_prepared_earlier_do_not_count(here):
+    index = here.root / "data/prepared/index.json"
+    sound = index.read_text()
+    index.write_text("of another version")
+    try:
+        assert "data" in {finding["subject"] for finding in wrong_of(here.vrt("doctor", "--json"))}
+        assert wrong_of(here.vrt("doctor", "--json", "--before-preparing")) == []
+    finally:
+        index.write_text(sound)
+
+
+def wrong_of(ended) -> list[dict[str, str]]:
+    return [finding for finding in json.loads(ended.stdout) if finding["state"] == "wrong"]
+
+
+def test_a_clock_that_the_store_refuses_is_told_from_missing_rights(here, monkeypatch):
+    of_mlflow, home = found(doctor.mlflow)
+    assert of_mlflow.state == "ok"
+    assert doctor.clock(home) == Finding("clock", "ok", "within 1 s of S3 and MLflow's server")
+    set_clock(monkeypatch, -3600)
+    refused, off = doctor.s3(home), doctor.clock(home)
+    assert refused.state == off.state == "wrong" and refused.remedy == off.remedy == doctor.SYNCHRONISE
+    assert "the store refused this machine's clock" in refused.found
+    assert re.fullmatch(r"-3(599|600) s off that of S3", off.found)
+    assert "synchronise" in doctor.SYNCHRONISE and "NTP" in doctor.SYNCHRONISE
 
 
 class WrongClock(http.server.BaseHTTPRequestHandler):
@@ -122,13 +159,29 @@ class WrongClock(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def test_a_clock_that_is_off_is_told(here, monkeypatch):
+def test_where_the_store_does_not_tell_the_time_the_server_of_mlflow_does(here, monkeypatch):
     with http.server.HTTPServer(("127.0.0.1", 0), WrongClock) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-        off = found(doctor.clock)
+        off = doctor.clock(None)
         server.shutdown()
-    assert off.state == "wrong" and "s off that of http://127.0.0.1" in off.found and "NTP" in off.remedy
+    assert off.state == "wrong" and off.found.endswith("s off that of MLflow's server") and off.remedy == doctor.SYNCHRONISE
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert doctor.clock(None).state == "warning" and doctor.clock(None).found == "no server tells the time"
+
+
+def test_whatever_is_not_ok_comes_with_how_to_mend_it():
+    """Of all findings that the code can make, not only of those that tests provoke."""
+    stages = Path(doctor.__file__).parent
+    made = [
+        (f"{path.name}:{node.lineno}", node.args)
+        for path in stages.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding"
+    ]
+    states = {ast.unparse(arguments[1]) for _, arguments in made}
+    assert states == {"'ok'", "'warning'", "'wrong'", "'unavailable'"}
+    assert [place for place, arguments in made if ast.unparse(arguments[1]) != "'ok'" and len(arguments) < 4] == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """`vrt doctor`: whether everything that a training needs is there and works, and how to mend what does not. Takes seconds, changes nothing."""
 
-import email.utils
 import json
 import os
 import shutil
@@ -8,17 +7,16 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from vrt.checkpoint.curator import Curator, lineage_named
-from vrt.checkpoint.errors import CheckpointError, StoreRefuses, StoreUnavailable
+from vrt.checkpoint.errors import CheckpointError, ClockRefused, StoreRefuses, StoreUnavailable
 from vrt.checkpoint.store import S3Store
 from vrt.data.cli import PREPARED, RAW
 from vrt.data.clips import PreparedData
@@ -27,40 +25,34 @@ from vrt.data.sampler import check_sampling
 from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_UNAVAILABLE
 from vrt.params import Params, load_params
 from vrt.services.remote import dvc_remote
-from vrt.stages import CHECKPOINTS
-from vrt.stages.recipes import outline
+from vrt.stages import graphics
+from vrt.stages.finding import Finding
+from vrt.stages.room import disk, memory
 
 # S3 refuses requests from a clock that is a quarter of an hour off; leases are judged by the local clock alone.
 MOST_SECONDS_OFF = 60
 SECONDS_TO_ANSWER = 5
+SYNCHRONISE = "synchronise this clock and the server's by NTP: S3 refuses requests from a wrong clock"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What was found of one thing that a training needs, and how to mend it."""
-
-    subject: str
-    state: Literal["ok", "warning", "wrong", "unavailable"]
-    """A training starts in spite of a warning; `unavailable` may mend itself."""
-    found: str
-    remedy: str = ""
-
-
-Check = Callable[[Params], Finding]
-
-
-def run_doctor(params_path: Path, as_json: bool) -> int:
-    """Look at everything, print what was found. Returns the exit code: 0 where a training can start, 69 where only services don't answer, else 2.
+def run_doctor(params_path: Path, as_json: bool, before_preparing: bool) -> int:
+    """Look at everything, print what was found. Returns the exit code: 0 where a training can start, 69 where only waiting may help, else 2.
 
     Raises ParamsError where the params file is wrong.
     """
-    params = load_params(params_path)
-    findings = [check(params) for check in CHECKS]
+    findings = examine(load_params(params_path), before_preparing)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         show(findings)
     return verdict(findings)
+
+
+def examine(params: Params, before_preparing: bool) -> list[Finding]:
+    """All findings. `before_preparing`: clips that were prepared earlier are about to be replaced, so that they don't count."""
+    of_mlflow, home = mlflow(params)
+    of_data = raw_data(params) if before_preparing else data(params)
+    return [processor(params), memory(params), disk(params), of_data, of_mlflow, s3(home), remote(), clock(home), prefect(), git()]
 
 
 def verdict(findings: list[Finding]) -> int:
@@ -70,14 +62,9 @@ def verdict(findings: list[Finding]) -> int:
 
 
 def processor(params: Params) -> Finding:
-    """The GPU, or that there is none; and one that torch can't use."""
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        found = f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}, torch {torch.__version__}"
-        return Finding("processor", "ok", found)
-    if shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi"], capture_output=True, check=False).returncode == 0:
-        remedy = "install the CUDA build of torch from PyPI, or a newer driver"
-        return Finding("processor", "wrong", f"an NVIDIA GPU that torch {torch.__version__} can't use", remedy)
+    """The GPUs, or that there is none."""
+    if of_gpus := graphics.judged(graphics.look()):
+        return of_gpus
     cores = len(os.sched_getaffinity(0))
     found = f"no NVIDIA GPU; {min(params.train.threads, cores)} of {cores} cores, torch {torch.__version__}"
     if params.train.threads > cores:
@@ -85,64 +72,48 @@ def processor(params: Params) -> Finding:
     return Finding("processor", "ok", found)
 
 
-def disk(params: Params) -> Finding:
-    """Room for the checkpoints that are kept here, one that is being written and one that waits for its upload."""
-    place = CHECKPOINTS if CHECKPOINTS.exists() else Path(".")
-    free, needed = shutil.disk_usage(place).free, checkpoint_bytes(params) * (params.checkpoints.keep_last + params.checkpoints.keep_best + 2)
-    found = f"{free / 1e9:.1f} GB free; the checkpoints kept here take up to {needed / 1e9:.1f} GB"
-    if free < needed:
-        return Finding("disk", "wrong", found, f"free space there ({place.resolve()}), or lower checkpoints.keep_last")
-    return Finding("disk", "ok", found)
-
-
-def checkpoint_bytes(params: Params) -> int:
-    """G with its constants, E, and the two moments that Adam keeps of each parameter."""
-    network = outline(params.network)
-    trained = sum(value.nbytes for value in network.parameters())
-    constants = sum(value.nbytes for value in network.buffers())
-    copies = 2 if params.train.ema_decay else 1
-    return copies * (trained + constants) + 2 * trained
-
-
 def data(params: Params) -> Finding:
-    """The data set of the params file: here, prepared, and large enough for them."""
-    name = params.data.dataset
-    if not PREPARED.exists():
-        if (RAW / name / "dataset.yaml").exists():
-            return Finding("data", "ok", f"data/raw/{name} is here, not prepared yet; `dvc repro` does that")
-        return Finding("data", "wrong", f"no data set data/raw/{name}", "`vrt data import`, `dvc pull`, or set data.dataset")
+    """The data set of the params file: prepared and large enough for them, or here to be prepared."""
     try:
-        prepared = PreparedData.open(PREPARED)
-        if prepared.index.dataset != name:
-            return Finding("data", "ok", f"prepared clips are of {prepared.index.dataset}, not of {name}; `dvc repro` prepares that")
+        prepared = PreparedData.open(PREPARED) if PREPARED.exists() else None
+        if prepared is None or prepared.index.dataset != params.data.dataset:
+            return raw_data(params)
         check_sampling(prepared, params)
     except DataError as error:
         return Finding("data", "wrong", str(error), "`vrt data check` tells all that is wrong")
-    return Finding("data", "ok", f"{name}: {len(prepared.index.clips)} clips, digest {prepared.digest[:12]}")
+    return Finding("data", "ok", f"{prepared.index.dataset}: {len(prepared.index.clips)} clips, digest {prepared.digest[:12]}")
 
 
-def mlflow(params: Params) -> Finding:
-    """Whether MLflow answers and has room for the training."""
-    registry = Curator(lineage_named(f"{params.name}-0"))
+def raw_data(params: Params) -> Finding:
+    """The same before it is prepared."""
+    raw = RAW / params.data.dataset
+    if (raw / "dataset.yaml").exists():
+        return Finding("data", "ok", f"{raw} is here; `dvc repro` prepares it")
+    described = raw.with_name(f"{raw.name}.dvc")
+    if described.exists():
+        return Finding("data", "warning", f"{raw} is not here yet", f"`dvc pull {described}`, which the flow `train` does by itself")
+    return Finding("data", "wrong", f"no data set {raw}", "`vrt data import`, `dvc pull`, or set data.dataset")
+
+
+def mlflow(params: Params) -> tuple[Finding, str | None]:
+    """Whether MLflow answers and has room for the training; and where artifacts go, which it alone knows."""
     try:
-        address = registry.home()
+        home = Curator(lineage_named(f"{params.name}-0")).home()
     except StoreUnavailable as error:
-        return Finding("MLflow", "unavailable", str(error), "`vrt services up`, or set MLFLOW_TRACKING_URI")
+        return Finding("MLflow", "unavailable", str(error), "`vrt services up`, or set MLFLOW_TRACKING_URI"), None
     except CheckpointError as error:
-        return Finding("MLflow", "wrong", str(error))
-    return Finding("MLflow", "ok", f"{os.environ['MLFLOW_TRACKING_URI']} answers; artifacts go to {address}")
+        return Finding("MLflow", "wrong", str(error), "start MLflow with `--default-artifact-root s3://BUCKET` and rename that experiment"), None
+    return Finding("MLflow", "ok", f"{os.environ['MLFLOW_TRACKING_URI']} answers; artifacts go to {home}"), home
 
 
-def s3(params: Params) -> Finding:
+def s3(home: str | None) -> Finding:
     """The bucket of MLflow's artifacts, by writing, listing, reading and deleting."""
-    try:
-        address = Curator(lineage_named(f"{params.name}-0")).home()
-    except (StoreUnavailable, CheckpointError):
+    if home is None:
         return Finding("S3", "unavailable", "where artifacts go is known to MLflow alone", "mend MLflow first")
-    return _tried("S3", S3Store(f"{address}/doctor"), f"{address}/doctor")
+    return _tried("S3", S3Store(f"{home}/doctor"), f"{home}/doctor")
 
 
-def remote(params: Params) -> Finding:
+def remote() -> Finding:
     """The same for DVC's remote."""
     try:
         with dvc_remote(Path.cwd()) as found:
@@ -152,7 +123,7 @@ def remote(params: Params) -> Finding:
             address, session = found
             return _tried("DVC remote", S3Store(f"{address}/doctor", session), f"{address}/doctor")
     except ValueError as error:
-        return Finding("DVC remote", "wrong", str(error))
+        return Finding("DVC remote", "wrong", str(error), "correct .dvc/config or .dvc/config.local")
 
 
 def _tried(subject: str, store: S3Store, address: str) -> Finding:
@@ -163,6 +134,8 @@ def _tried(subject: str, store: S3Store, address: str) -> Finding:
         store.put_beside(name, {"probe": content})
         back = store.beside(name)
         store.delete(name)
+    except ClockRefused as error:
+        return Finding(subject, "wrong", str(error), SYNCHRONISE)
     except StoreRefuses as error:
         return Finding(subject, "wrong", str(error), "the key needs the rights to put, get, list and delete objects")
     except StoreUnavailable as error:
@@ -172,23 +145,37 @@ def _tried(subject: str, store: S3Store, address: str) -> Finding:
     return Finding(subject, "ok", f"{address.rsplit('/', 1)[0]}: an object was written, listed, read and deleted")
 
 
-def clock(params: Params) -> Finding:
-    """Beside that of MLflow's server, the one that always tells its time."""
-    address = os.environ.get("MLFLOW_TRACKING_URI", "")
+def clock(home: str | None) -> Finding:
+    """Beside those of S3, which refuses requests from a wrong clock, and of MLflow's server."""
+    ahead = {"S3": _ahead_of_s3(home), "MLflow's server": _ahead_of_mlflow()}
+    told = {server: seconds for server, seconds in ahead.items() if seconds is not None}
+    if not told:
+        return Finding(
+            "clock", "warning", "no server tells the time", "mend MLflow and S3 first, or see in `timedatectl` whether NTP keeps this clock"
+        )
+    server, most = max(told.items(), key=lambda each: abs(each[1]))
+    if abs(most) > MOST_SECONDS_OFF:
+        return Finding("clock", "wrong", f"{most:+.0f} s off that of {server}", SYNCHRONISE)
+    return Finding("clock", "ok", f"within {max(1, round(abs(most)))} s of {' and '.join(told)}")
+
+
+def _ahead_of_s3(home: str | None) -> float | None:
     try:
-        with urllib.request.urlopen(address, timeout=SECONDS_TO_ANSWER) as answer:
+        return S3Store(home).seconds_ahead() if home else None
+    except (StoreUnavailable, CheckpointError):
+        return None
+
+
+def _ahead_of_mlflow() -> float | None:
+    try:
+        with urllib.request.urlopen(os.environ.get("MLFLOW_TRACKING_URI", ""), timeout=SECONDS_TO_ANSWER) as answer:
             told = answer.headers.get("Date")
     except (OSError, ValueError):
-        return Finding("clock", "warning", "no server tells the time", "mend MLflow first")
-    if not told:
-        return Finding("clock", "ok", "MLflow's server does not tell its time")
-    off = time.time() - email.utils.parsedate_to_datetime(told).timestamp()
-    if abs(off) > MOST_SECONDS_OFF:
-        return Finding("clock", "wrong", f"{off:+.0f} s off that of {address}", "synchronise both by NTP: S3 refuses requests from a wrong clock")
-    return Finding("clock", "ok", f"within {max(1, round(abs(off)))} s of MLflow's server")
+        return None
+    return time.time() - parsedate_to_datetime(told).timestamp() if told else None
 
 
-def prefect(params: Params) -> Finding:
+def prefect() -> Finding:
     """Whether Prefect answers; a training can do without."""
     address = os.environ.get("PREFECT_API_URL")
     if not address:
@@ -202,7 +189,7 @@ def prefect(params: Params) -> Finding:
         return Finding("Prefect", "warning", f"{address} does not answer ({error})", "only deployments need it: `vrt services up`")
 
 
-def git(params: Params) -> Finding:
+def git() -> Finding:
     """The commit that runs will name; a training can do without."""
 
     def asked(*words: str) -> str | None:
@@ -214,9 +201,6 @@ def git(params: Params) -> Finding:
         return Finding("git", "warning", "no git, or no commit, here", "runs will not name their code: `git init`, `git commit`")
     changed = asked("status", "--porcelain", "--untracked-files=no")
     return Finding("git", "ok", f"commit {commit}" + (", with changes, which runs keep as a diff" if changed else ""))
-
-
-CHECKS: tuple[Check, ...] = (processor, disk, data, mlflow, s3, remote, clock, prefect, git)
 
 
 def show(findings: list[Finding]) -> None:

@@ -1,0 +1,84 @@
+"""What `vrt doctor` says of memory and disk is what a training really keeps there."""
+
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from vrt.params import Params, load_params
+from vrt.stages import room
+from vrt.stages.room import Memory, checkpoint_bytes, judged_memory, state_bytes
+from vrt.training.session import build_state
+
+GB = 10**9
+
+
+@pytest.fixture
+def params(make_project, monkeypatch) -> Params:
+    monkeypatch.chdir(make_project("room").root)
+    return load_params(Path("params.yaml"))
+
+
+def with_train(params: Params, **values: object) -> Params:
+    return params.model_copy(update={"train": params.train.model_copy(update=values)})
+
+
+def test_bytes_are_those_of_a_state_after_a_step(params):
+    for decay in (0.95, 0):
+        few = with_train(params, ema_decay=decay)
+        state = build_state(few, torch.device("cpu"))
+        for parameter in state.network.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        state.optimizer.step()
+        networks = [state.network, state.ema] if decay else [state.network]
+        kept = [value for network in networks for value in network.state_dict().values()]
+        kept += [moments[name] for moments in state.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        gradients = [parameter.grad for parameter in state.network.parameters()]
+        assert checkpoint_bytes(few) == sum(value.nbytes for value in kept)
+        assert state_bytes(few) == sum(value.nbytes for value in kept + gradients)
+
+
+def test_a_training_that_the_memory_can_never_hold_is_told_from_one_that_has_to_wait(params):
+    needed = state_bytes(params)
+    for free, total, state in ((needed, needed, "ok"), (needed - 1, needed, "unavailable"), (needed - 1, needed - 1, "wrong")):
+        assert judged_memory(params, Memory(free, total, 0, 1)).state == state
+    assert judged_memory(params, Memory(2 * needed, 2 * needed, None, 2)).state == "ok"
+    assert judged_memory(params, Memory(2 * needed - 1, 2 * needed, None, 2)).state == "unavailable"
+    assert judged_memory(params, Memory(2 * needed - 1, 2 * needed - 1, None, 2)).remedy.startswith("fewer train.processes, ")
+
+
+def test_what_nobody_knows_before_the_first_step_is_said_with_who_tells_it(params):
+    takes = f"weights, gradients, moments and E take {state_bytes(params) / 1e9:.2f} GB"
+    tried = judged_memory(params, Memory(79 * GB, 85 * GB, 1, 1))
+    assert tried.found == f"79.0 of 85.0 GB of GPU 1 are free; {takes}; the start tries how many clips fit in the rest"
+    assert tried.remedy == "should not even one fit: train.activation_checkpointing: true"
+    computed_again = judged_memory(with_train(params, activation_checkpointing=True), Memory(79 * GB, 85 * GB, 1, 1))
+    assert computed_again.remedy == "should not even one fit: lower train.crop or train.frames"
+    chosen = judged_memory(with_train(params, clips_at_once=2), Memory(79 * GB, 85 * GB, 1, 1))
+    machine = judged_memory(params, Memory(79 * GB, 85 * GB, None, 1))
+    assert chosen.found.endswith("what clips take on top, the first step tells")
+    assert machine.found == f"79.0 of 85.0 GB of the machine are free; {takes}; what clips take on top, the first step tells"
+    assert chosen.remedy == machine.remedy == "should it be too much: lower train.clips_at_once"
+
+
+def test_the_fullest_gpu_that_would_train_counts(params, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: ((70 - 10 * gpu) * GB, 80 * GB))
+    assert "60.0 of 80.0 GB of GPU 1" in room.memory(with_train(params, processes=2)).found
+    assert "50.0 of 80.0 GB of GPU 2" in room.memory(with_train(params, processes="auto")).found
+
+
+def test_without_a_gpu_the_memory_of_the_machine_counts(params, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "of the machine are free" in room.memory(params).found
+    assert "moments and E of 3 processes take" in room.memory(with_train(params, processes=3)).found
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_told(params, monkeypatch):
+    needed = checkpoint_bytes(params) * 6
+    for free, state in ((needed, "ok"), (needed - 1, "wrong")):
+        usage = namedtuple("usage", "total used free")(10**12, 0, free)
+        monkeypatch.setattr(room.shutil, "disk_usage", lambda _, usage=usage: usage)
+        assert room.disk(params).state == state
