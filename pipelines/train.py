@@ -38,6 +38,21 @@ def may_come_back(task: Task, task_run: TaskRun, state: State) -> bool:
     return not isinstance(state.result(raise_on_failure=False), LauncherGone)
 
 
+@task(name="see that all is there", cache_policy=NO_CACHE)
+def see_that_all_is_there(project: Project) -> None:
+    """Before data are fetched and packed, and any hour of a GPU is spent. Raises GivenUp, with what is wrong and how to mend it."""
+    logger = get_run_logger()
+    ended = run(["vrt", "doctor", "--json", "--before-preparing"], logger, project.folder, answers=True)
+    wrong = []
+    for finding in json.loads(ended.answer or "[]"):
+        line = "; ".join(filter(None, [f"{finding['subject']}: {finding['found']}", finding["remedy"]]))
+        (logger.info if finding["state"] == "ok" else logger.warning)("%s", line)
+        wrong += [line] if finding["state"] == "wrong" else []
+    # Services that don't answer, and memory that another trainer still has, are waited for; all else needs a person.
+    if ended.code not in (EXIT_DONE, EXIT_UNAVAILABLE):
+        raise GivenUp("`vrt doctor` finds that this training can't begin here:\n" + "\n".join(wrong or ended.tail))
+
+
 @task(name="pull data", cache_policy=NO_CACHE)
 def pull() -> None:
     """Fetch raw data that people added."""
@@ -49,21 +64,6 @@ def prepare(project: Project) -> None:
     """Pack the clips, where that is stale."""
     # --pull: what another machine made already and nothing changed since is fetched, not made again.
     run(["dvc", "repro", "--pull", "prepare"], get_run_logger(), project.folder).check()
-
-
-@task(name="see that all is there", cache_policy=NO_CACHE)
-def see_that_all_is_there(project: Project) -> None:
-    """Before any hour of a GPU is spent. Raises GivenUp, with what is wrong and how to mend it."""
-    logger = get_run_logger()
-    ended = run(["vrt", "doctor", "--json"], logger, project.folder, answers=True)
-    wrong = []
-    for finding in json.loads(ended.answer or "[]"):
-        line = "; ".join(filter(None, [f"{finding['subject']}: {finding['found']}", finding["remedy"]]))
-        (logger.info if finding["state"] == "ok" else logger.warning)("%s", line)
-        wrong += [line] if finding["state"] == "wrong" else []
-    # Services that don't answer are waited for; all else needs a person.
-    if ended.code not in (EXIT_DONE, EXIT_UNAVAILABLE):
-        raise GivenUp("`vrt doctor` finds that this training can't begin here:\n" + "\n".join(wrong or ended.tail))
 
 
 @task(name="train", cache_policy=NO_CACHE)
@@ -159,9 +159,9 @@ def train(
         # A fork is a training of its own: every stage has to know it, not the trainer alone.
         overrides, resume = overrides | {"checkpoints.resume": resume}, "auto"
     project = plan(recipe, overrides)
-    pull()
     make(project)
     if dry_run:
+        pull()
         report(rehearsal(project, resume), "plan", "What this run would do", logger)
         return None
     told = {RESUME: resume} if resume != "auto" else {}
@@ -170,8 +170,10 @@ def train(
     try:
         # Machines that train together have a run each.
         with the_only_run_of(f"{project.key} on {platform.node()}" if meet else project.key, logger):
-            prepare(project)
+            # Not before this run is the only one: another one's trainer has memory that this one is to have.
             see_that_all_is_there(project)
+            pull()
+            prepare(project)
             attempts = train_to_the_end(project, told, retry_pause)
             evaluate(project)
             report(closing_page(project.folder, attempts, verify(project)), "result", "What came of the training", logger)

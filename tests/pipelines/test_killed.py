@@ -145,11 +145,17 @@ def test_a_flow_called_in_python_needs_no_server(make_workspace, uninterrupted):
     assert_same_training(uninterrupted, workspace)
 
 
-def test_what_doctor_finds_wrong_ends_a_run_before_it_trains(worker):
-    run = worker.start("train/vrt", overrides={"name": "too-large", "train.crop": 4096})
+def test_what_doctor_finds_wrong_ends_a_run_before_anything_is_fetched_or_packed(worker):
+    run = worker.start("train/vrt", overrides={"name": "nowhere", "data.dataset": "nowhere"})
     found = worker.settled(run)
     assert found.state_name == "Failed"
-    assert "`vrt doctor` finds that this training can't begin here" in found.state.message and "train.crop" in found.state.message
+    assert "`vrt doctor` finds that this training can't begin here" in found.state.message and "no data set data/raw/nowhere" in found.state.message
+    assert "$ dvc" not in worker.workspace.log.read_text()
+
+    # What only packed clips tell, the trainer refuses.
+    run = worker.start("train/vrt", overrides={"name": "too-large", "train.crop": 4096})
+    found = worker.settled(run)
+    assert found.state_name == "Failed" and "can't be started as it is" in found.state.message and "train.crop" in found.state.message
     assert "training" not in worker.artifacts(run)
 
 
