@@ -5,7 +5,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -81,6 +83,38 @@ def test_what_the_leader_fails_with_reaches_those_that_lose_it(torchrun):
             print(f"{team.rank} heard {team.word_of_leader()}", flush=True)"""
     output, _ = torchrun(script, 3).communicate(timeout=120)
     assert "1 heard 69" in output and "2 heard 69" in output, output
+
+
+@pytest.mark.long
+def test_a_silent_meeting_point_is_taken_for_dead(torchrun):
+    # The agent that keeps the store, stopped: it answers nothing and closes nothing, as a host that lost its power.
+    script = """print("begins", flush=True)
+    try:
+        while True:
+            if team.leads: time.sleep(1000)
+            team.any(False)
+    except PeerLost as error:
+        print(error, flush=True)
+        __import__('os')._exit(1)"""
+    run = torchrun(script, 2)
+    while "begins" not in run.stdout.readline():
+        pass
+    time.sleep(5)
+    everything = [*psutil.Process(run.pid).children(), psutil.Process(run.pid)]
+    run.send_signal(signal.SIGSTOP)
+    late = threading.Timer(90, lambda: [process.kill() for process in everything])
+    late.start()
+    text = ""
+    for line in run.stdout:
+        text += line
+        if "has said nothing" in line:
+            break
+    late.cancel()
+    for process in everything:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    run.communicate(timeout=60)
+    assert "the host that torchrun's processes meet at has said nothing for 20 s: it or the network to it is gone" in text, text
 
 
 @pytest.mark.long

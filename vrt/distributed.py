@@ -186,14 +186,27 @@ class Heart:
         # Attempts of one torchrun would hear each other's beats.
         self._prefix = f"vrt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._lost = ""
+        self._beats = self._beats_seen = 0
+        self._silence, self._checked = 0.0, time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
         """Raises PeerLost once another process was silent for too long."""
+        # The store's own time limit is none for a host that lost its power: a beat that it never acknowledges just waits.
+        if not self._lost and self._silent_for() > SECONDS_OF_SILENCE:
+            silence = f"has said nothing for {SECONDS_OF_SILENCE:.0f} s: it or the network to it is gone"
+            self._lost = f"the host that torchrun's processes meet at {silence}"
         if self._lost:
             raise PeerLost(self._lost)
+
+    def _silent_for(self) -> float:
+        """Seconds without a beat that got through. Only those count in which one could have: a busy process keeps its own heart from beating."""
+        now = time.monotonic()
+        self._silence = 0.0 if self._beats != self._beats_seen else self._silence + min(now - self._checked, 1.0)
+        self._beats_seen, self._checked = self._beats, now
+        return self._silence
 
     @property
     def missed(self) -> bool:
@@ -218,7 +231,8 @@ class Heart:
     def stop(self) -> None:
         """Beat no more, and wait for the beat at hand."""
         self._stopped.set()
-        self._thread.join()
+        # One that waits for a host that is gone can't be stopped.
+        self._thread.join(SECONDS_BETWEEN_BEATS if self._lost else None)
 
     def _beat(self) -> None:
         heard = {other: (-1, time.monotonic()) for other in self._others}
@@ -226,6 +240,7 @@ class Heart:
             try:
                 self._store.add(f"{self._prefix}/beat/{self._rank}", 1)
                 counts = {other: self._store.add(f"{self._prefix}/beat/{other}", 0) for other in self._others}
+                self._beats += 1
             except RuntimeError as error:
                 self._lost = f"the host that torchrun's processes meet at does not answer ({str(error).splitlines()[0]})"
                 return

@@ -31,6 +31,8 @@ from vrt.stages.result import fetch_result
 from vrt.stages.start import begun
 
 SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_TO_END = 30.0
+"""How long torchrun has, once its processes have failed."""
 SECONDS_TO_MEET = 600.0
 """How long a machine waits for the others."""
 
@@ -187,9 +189,14 @@ def _launch(command: list[str], outcome: Path, threads: int, interface: str, sto
         torchrun = subprocess.Popen(command, env=environment, process_group=0)
     with torchrun:
         started = passed_on = False
+        seen = time.monotonic()
         while torchrun.poll() is None:
             workers = _workers_of(torchrun.pid)
             started = started or bool(workers)
+            seen = time.monotonic() if workers else seen
+            if started and time.monotonic() - seen > SECONDS_TO_END and _code_left(outcome) not in (EXIT_DONE, EXIT_CONTINUE_ME):
+                # It tells the others what happened here, for minutes if the host that they meet at is gone.
+                torchrun.kill()
             if stop.reason and not passed_on and (workers or not started):
                 passed_on = True
                 if workers:
@@ -203,8 +210,12 @@ def _launch(command: list[str], outcome: Path, threads: int, interface: str, sto
                 continue
     if not started:
         return EXIT_CONTINUE_ME if stop.reason else None
+    # Only where all is trained and registered is it done: a process that dies after that takes nothing back.
+    return _code_left(outcome)
+
+
+def _code_left(outcome: Path) -> int:
     said = outcome.with_name(f"{outcome.name}.0")
-    # Only where all is trained and registered does it say that it is done: a process that dies after that takes nothing back.
     return int(said.read_text()) if said.exists() else EXIT_FAILED
 
 
