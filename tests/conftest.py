@@ -1,5 +1,6 @@
 """Fixtures for all tests: one set of real local services per session, apart from those of whoever runs the tests."""
 
+import fcntl
 import itertools
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,16 +133,29 @@ def make_home(nothing_given: None, ended_like_ctrl_c: None) -> Callable[[Path], 
 
 @pytest.fixture(scope="session")
 def local_services(tmp_path_factory: pytest.TempPathFactory, make_home: Callable[[Path], Path]) -> Iterator[LocalServices]:
-    """S3, MLflow and Prefect, started once for the session and ended with it, also by Ctrl-C."""
-    home = make_home(tmp_path_factory.mktemp("session") / ".vrt")
-    try:
-        local.up(home)
-        running = state.load(home / "services")
-        assert running is not None
-        environment = {**os.environ, "VRT_HOME": str(home), **local.load_environment(home)}
-        yield LocalServices(home, environment, running.endpoints)
-    finally:
-        local.down(home)
+    """S3, MLflow and Prefect, started once for all processes of the session and ended with the last of them, also by Ctrl-C."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "session"
+    folder.mkdir(exist_ok=True)
+    home = folder / ".vrt"
+    with (folder / "users").open("w") as users:
+        with (folder / "making").open("w") as making:
+            fcntl.flock(making, fcntl.LOCK_EX)
+            if not home.exists():
+                make_home(home)
+        fcntl.flock(users, fcntl.LOCK_SH)
+        try:
+            local.up(home)
+            running = state.load(home / "services")
+            assert running is not None
+            environment = {**os.environ, "VRT_HOME": str(home), **local.load_environment(home)}
+            yield LocalServices(home, environment, running.endpoints)
+        finally:
+            fcntl.flock(users, fcntl.LOCK_UN)
+            with suppress(BlockingIOError):
+                # Refused while another process of the session has them.
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                local.down(home)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A worker for the deployments of a workspace, as `make serve` starts it."""
 
+import fcntl
 import json
 import re
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -73,15 +75,17 @@ class Worker:
 @contextmanager
 def at_work(workspace) -> Iterator[Worker]:
     """A worker in the workspace. One at a time: all of them would take runs from the session's one server."""
-    # As in a terminal, even where the tests themselves run under nohup: there, outliving who launched it is what one asks for.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    process = workspace.start("pipelines", start_new_session=True)
-    signal.signal(signal.SIGHUP, before)
-    try:
-        workspace.wait_for("started!", process)
-        yield Worker(workspace, psutil.Process(process.pid))
-    finally:
-        kill_tree(process)
+    with (Path(workspace.environment["VRT_HOME"]) / "at-work").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        # As in a terminal, even where the tests themselves run under nohup: there, outliving who launched it is what one asks for.
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        process = workspace.start("pipelines", start_new_session=True)
+        signal.signal(signal.SIGHUP, before)
+        try:
+            workspace.wait_for("started!", process)
+            yield Worker(workspace, psutil.Process(process.pid))
+        finally:
+            kill_tree(process)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 from tests.same_training import assert_same_training
 
 
+@pytest.mark.long
 def test_killed_and_moved_to_an_empty_machine_the_training_ends_bit_identically(make_workspace, uninterrupted):
     workspace = make_workspace("killed")
     seed = time.time_ns()
