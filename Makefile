@@ -12,9 +12,11 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/vrt demo
 
+# compileall: hundreds of processes import these, and the environment may forbid them to keep what they compile.
 test: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m compileall -q vrt pipelines
 	$(BIN)/python -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(INSTALLED)
@@ -25,12 +27,12 @@ serve: $(INSTALLED)
 	$(BIN)/vrt services up
 	$(BIN)/python -m pipelines
 
-# --no-deps: the lock is complete, and resolving it again costs pip minutes; --no-compile: so does compiling what is never imported.
-# The second line adds what torch itself pins beyond the lock: the CUDA libraries where its wheel is the CUDA build, nothing for the CPU build.
+# --no-deps: the lock is complete, and resolving it again costs pip minutes. The second line adds what torch itself pins
+# beyond the lock: the CUDA libraries where its wheel is the CUDA build, nothing for the CPU build.
 $(INSTALLED): requirements.lock pyproject.toml
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 ifeq ($(UV),)
-	$(BIN)/python -m pip install --no-deps --no-compile --requirement requirements.lock
+	$(BIN)/python -m pip install --no-deps --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --no-build-isolation --editable ".[dev]"
 else
 	$(UV) pip install --python $(BIN)/python -r requirements.lock
