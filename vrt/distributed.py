@@ -229,10 +229,10 @@ class Heart:
             return ""
 
     def stop(self) -> None:
-        """Beat no more, and wait for the beat at hand."""
+        """Beat no more, and wait for the beat at hand, if it comes to an end."""
         self._stopped.set()
-        # One that waits for a host that is gone can't be stopped.
-        self._thread.join(SECONDS_BETWEEN_BEATS if self._lost else None)
+        # One that waits for a host that is gone does not, whether that was noticed already or not.
+        self._thread.join(SECONDS_BETWEEN_BEATS)
 
     def _beat(self) -> None:
         heard = {other: (-1, time.monotonic()) for other in self._others}

@@ -108,8 +108,8 @@ class Training:
 def train_in_team(training: Training, started: float) -> int:
     """Do this process's part. Nobody ends before the one that leads has everything registered; then all end as that one does."""
     params, data, team = training.params, training.data, training.team
-    code = f"{code_version()} ({code_digest()})"
-    team.check_same({"params": fingerprint(params.model_dump(mode="json")), "data": data.digest, "torch": torch.__version__, "code": code})
+    version = f"{code_version()} ({code_digest()})"
+    team.check_same({"params": fingerprint(params.model_dump(mode="json")), "data": data.digest, "torch": torch.__version__, "code": version})
     if not team.leads:
         return follow(training, started)
     code = lead(training, started)
