@@ -6,10 +6,11 @@ import inspect
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,6 +29,7 @@ from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 from ruamel.yaml import YAML
 
+from tests.pipelines.conftest import Worker
 from tests.pipelines.conftest import at_work as working
 from tests.same_training import assert_same_training
 from vrt.lifecycle import SECONDS_TO_SAVE
@@ -165,34 +167,79 @@ def test_the_worker_of_a_cluster_has_the_rights_that_prefects_code_uses_and_no_m
     assert {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]} == used
 
 
-@pytest.mark.long
-def test_a_run_whose_pod_is_told_to_end_saves_is_scheduled_again_and_completes(make_workspace, uninterrupted):
+@dataclasses.dataclass
+class Pods:
+    """One run, which is executed as in a pod: by the template's command, again and again."""
+
+    workspace: Any
+    worker: Worker
+    run: str
+
+    def start(self) -> subprocess.Popen:
+        """The main process of a pod."""
+        variables = template("kubernetes")["variables"]["properties"]
+        environment = {**self.workspace.environment, **variables["env"]["default"], "PREFECT__FLOW_RUN_ID": self.run}
+        self.workspace.log.write_text("")
+        with self.workspace.log.open("a") as output:
+            return subprocess.Popen(
+                shlex.split(variables["command"]["default"]), cwd=self.workspace.root, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def newest(self) -> int:
+        """The newest registered step."""
+        listed = json.loads(self.workspace.vrt("checkpoints", "list", "--json").stdout)
+        return max(row["step"] for row in listed["checkpoints"] if row["registered"])
+
+    def ended(self, pod: subprocess.Popen) -> str:
+        """The state of the run in Prefect, once the pod has ended well."""
+        # What Prefect gives a flow, what a save may take, and starting anew.
+        assert pod.wait(300) == 0, self.workspace.log.read_text()
+        return self.worker.look(self.run).state_name
+
+
+@pytest.fixture
+def pods(make_workspace) -> Iterator[Pods]:
     workspace = make_workspace("pod")
     pool = f"pods-{os.getpid()}"
     # The worker is there for what it sets up alone; nobody works for the pool.
     with working(workspace) as worker:
         worker.prefect("work-pool", "create", pool, "--type", "kubernetes", "--base-job-template", str(path_of("kubernetes")))
         worker.prefect("--no-prompt", "deploy", "pipelines/train.py:train", "--name", "pod", "--pool", pool)
-        run = worker.start("train/pod", retry_pause=0)
-        environment = {**workspace.environment, **template("kubernetes")["variables"]["properties"]["env"]["default"], "PREFECT__FLOW_RUN_ID": run}
-        states = []
-        for told in (True, False):
-            pod = pod_of(workspace, environment)
-            if told:
-                workspace.wait_for("checkpoint 4 registered", pod)
-                everything = psutil.Process(pod.pid).children(recursive=True)
-                pod.send_signal(signal.SIGTERM)
-                assert pod.wait(2 * SECONDS_TO_SAVE) == 0, workspace.log.read_text()
-                assert not psutil.wait_procs(everything, timeout=5)[1]
-            assert pod.wait(300) == 0, workspace.log.read_text()
-            states.append(worker.look(run).state_name)
-    assert states == ["AwaitingRetry", "Completed"], workspace.log.read_text()
-    assert_same_training(uninterrupted, workspace)
+        yield Pods(workspace, worker, worker.start("train/pod", retry_pause=0))
 
 
-def pod_of(workspace, environment: dict[str, str]) -> subprocess.Popen:
-    """The main process of a pod, with the command that a worker gives it."""
-    workspace.log.write_text("")
-    with workspace.log.open("a") as output:
-        command = [sys.executable, "-m", "prefect", "flow-run", "execute"]
-        return subprocess.Popen(command, cwd=workspace.root, env=environment, stdout=output, stderr=subprocess.STDOUT)
+@pytest.mark.long
+def test_a_run_whose_pod_is_told_to_end_saves_is_scheduled_again_and_completes(pods: Pods, uninterrupted):
+    pod = pods.start()
+    pods.workspace.wait_for("checkpoint 4 registered", pod)
+    everything = psutil.Process(pod.pid).children(recursive=True)
+    pod.send_signal(signal.SIGTERM)
+    assert pods.ended(pod) == "AwaitingRetry"
+    assert not psutil.wait_procs(everything, timeout=5)[1]
+    assert pods.ended(pods.start()) == "Completed"
+    assert_same_training(uninterrupted, pods.workspace)
+
+
+@pytest.mark.long
+def test_a_pod_outlives_the_flow_that_prefect_kills_until_the_trainer_has_saved(pods: Pods, uninterrupted):
+    pod = pods.start()
+    pods.workspace.wait_for("checkpoint 4 registered", pod)
+    everything = psutil.Process(pod.pid).children(recursive=True)
+    (flow,) = (process for process in everything if "prefect.engine" in process.cmdline())
+    (trainer,) = (process for process in everything if process.cmdline()[-3:] == ["-m", "vrt", "train"])
+    before = pods.newest()
+    # As one that is in the middle of a step of minutes.
+    trainer.suspend()
+    pod.send_signal(signal.SIGTERM)
+    assert not psutil.wait_procs([flow], timeout=90)[1]
+    assert pod.poll() is None
+    trainer.resume()
+    assert pods.ended(pod) == "AwaitingRetry"
+    assert not [process for process in everything if process.is_running()]
+    saved = pods.newest()
+    assert saved > before
+
+    again = pods.start()
+    pods.workspace.wait_for(f"continuing after step {saved} of", again)
+    assert pods.ended(again) == "Completed"
+    assert_same_training(uninterrupted, pods.workspace)
