@@ -4,6 +4,8 @@ UV ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# What runs, and what tests need beside it.
+LOCKS := requirements.lock requirements-dev.lock
 
 .PHONY: demo test test-long serve lock
 .DEFAULT_GOAL := demo
@@ -27,21 +29,24 @@ serve: $(INSTALLED)
 	$(BIN)/vrt services up
 	$(BIN)/python -m pipelines
 
-# --no-deps: the lock is complete, and resolving it again costs pip minutes. The second line adds what torch itself pins
-# beyond the lock: the CUDA libraries where its wheel is the CUDA build, nothing for the CPU build.
-$(INSTALLED): requirements.lock pyproject.toml
+# --no-deps: the locks are complete, and resolving them again costs pip minutes. The second line adds what torch itself pins
+# beyond them: the CUDA libraries where its wheel is the CUDA build, nothing for the CPU build.
+$(INSTALLED): $(LOCKS) pyproject.toml
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 ifeq ($(UV),)
-	$(BIN)/python -m pip install --no-deps --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m pip install --no-deps $(LOCKS:%=--requirement %)
+	$(BIN)/python -m pip install --quiet $(LOCKS:%=--constraint %) --no-build-isolation --editable ".[dev]"
 else
-	$(UV) pip install --python $(BIN)/python -r requirements.lock
+	$(UV) pip install --python $(BIN)/python $(LOCKS:%=--requirement %)
 	$(UV) pip install --python $(BIN)/python --no-build-isolation --editable ".[dev]"
 endif
 	touch $@
 
 # Resolve pyproject.toml anew for every platform, without torch's own pins (see above).
+COMPILE = $(or $(UV),uv) pip compile --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links
+WITHOUT_TORCHS_PINS = grep -v -E '^(nvidia-|cuda-|triton)'
 lock:
-	$(or $(UV),uv) pip compile --universal --python-version 3.11 --upgrade --extra dev --no-header --no-annotate --no-emit-index-url --no-emit-find-links pyproject.toml \
-		| grep -v -E '^(nvidia-|cuda-|triton)' > requirements.lock.new
+	$(COMPILE) pyproject.toml | $(WITHOUT_TORCHS_PINS) > requirements.lock.new
+	$(COMPILE) --extra dev --constraint requirements.lock.new pyproject.toml | $(WITHOUT_TORCHS_PINS) | grep -v -x -F -f requirements.lock.new > requirements-dev.lock.new
 	mv requirements.lock.new requirements.lock
+	mv requirements-dev.lock.new requirements-dev.lock
