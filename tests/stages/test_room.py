@@ -76,6 +76,16 @@ def test_without_a_gpu_the_memory_of_the_machine_counts(params, monkeypatch):
     assert "moments and E of 3 processes take" in room.memory(with_train(params, processes=3)).found
 
 
+def test_in_a_container_its_limit_counts_and_cached_files_are_free(params, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(room, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: namedtuple("whole", "available total")(60 * GB, 64 * GB))
+    for most, free, total in (("max", 60, 64), (8 * GB, 5, 8), (80 * GB, 60, 64)):
+        for name, text in (("max", most), ("current", 4 * GB), ("stat", f"anon {3 * GB}\ninactive_file {GB}\nactive_file 0\n")):
+            (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+        assert room.memory(params).found.startswith(f"{free}.0 of {total}.0 GB of the machine are free")
+
+
 def test_a_disk_too_small_for_the_checkpoints_is_told(params, monkeypatch):
     needed = checkpoint_bytes(params) * 6
     for free, state in ((needed, "ok"), (needed - 1, "wrong")):

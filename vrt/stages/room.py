@@ -1,5 +1,6 @@
 """Whether the memory and the disk of this machine hold what a training keeps there."""
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from vrt.stages.finding import Finding
 from vrt.stages.recipes import outline
 
 GB = 1e9
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""That of the container, in a container; Linux says here what it may use (control groups, version 2)."""
 SMALLER = "a smaller network (network.embed_dims, network.depths)"
 
 
@@ -61,7 +64,14 @@ def _fullest_gpu(params: Params) -> Memory | None:
 
 def _of_machine(params: Params) -> Memory:
     whole = psutil.virtual_memory()
-    return Memory(whole.available, whole.total, None, 1 if params.train.processes == "auto" else params.train.processes)
+    free, total = whole.available, whole.total
+    limit = CONTROL_GROUP / "memory.max"
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        # Cached files give way to whoever needs their memory.
+        cached = int(re.search(r"^inactive_file (\d+)$", (CONTROL_GROUP / "memory.stat").read_text(), re.MULTILINE)[1])
+        used = int((CONTROL_GROUP / "memory.current").read_text()) - cached
+        free, total = min(free, int(most) - used), min(total, int(most))
+    return Memory(free, total, None, 1 if params.train.processes == "auto" else params.train.processes)
 
 
 def disk(params: Params) -> Finding:
