@@ -200,7 +200,7 @@ class Pods:
 @pytest.fixture
 def pods(make_workspace) -> Iterator[Pods]:
     workspace = make_workspace("pod")
-    pool = f"pods-{os.getpid()}"
+    pool = f"pods-{workspace.name}"
     # The worker is there for what it sets up alone; nobody works for the pool.
     with working(workspace) as worker:
         worker.prefect("work-pool", "create", pool, "--type", "kubernetes", "--base-job-template", str(path_of("kubernetes")))
