@@ -1,11 +1,14 @@
 """What people read in MLflow about a training."""
 
+from typing import get_args
+
 import pytest
 
 from vrt.checkpoint.tracking import LONGEST_DESCRIPTION, Lineage
-from vrt.params import load_params
+from vrt.evaluation.run import INPUT_LABELS
+from vrt.params import Degradation, load_params
 from vrt.stages.recipes import RECIPES
-from vrt.stages.run_page import NOT_RECORDED, dvc_version, recipe_of, run_page
+from vrt.stages.run_page import NOT_RECORDED, TASKS, dvc_version, recipe_of, run_page
 
 LINEAGE = Lineage("quickstart", "0123456789abcdef", {"data.digest": "d" * 64})
 ABOUT = {"recipe": "quickstart", "data_version": "d" * 64, "dvc_data": "abc.dir"}
@@ -36,6 +39,15 @@ def test_a_page_that_gets_too_long_for_mlflow_leaves_out_the_oldest(params):
     assert LONGEST_DESCRIPTION - 200 < len(page) <= LONGEST_DESCRIPTION
     assert "| 20000 | " in page and "| 40 | " not in page
     assert page.endswith("Older ones are versions of [vrt-quickstart](#/models/vrt-quickstart).")
+
+
+@pytest.mark.parametrize("kind", [kind.model_fields["kind"].annotation for kind in get_args(get_args(Degradation)[0])], ids=str)
+def test_every_kind_of_training_says_what_it_learns_and_what_one_has_without_it(kind, params):
+    (name,) = get_args(kind)
+    degradation = params.degradation.model_construct(kind=name)
+    page = run_page(params.model_copy(update={"degradation": degradation}), LINEAGE, ABOUT, [])
+    assert f"learns to **{TASKS[name]}**" in page
+    assert INPUT_LABELS[name]
 
 
 def test_before_the_first_checkpoint_there_is_nothing_to_use(params):

@@ -14,6 +14,7 @@ TASKS = {
     "noise": "remove noise",
     "bicubic": "enlarge frames that were reduced bicubically",
     "blur_down": "enlarge frames that were blurred and reduced",
+    "motion_blur": "undo the blur of a shutter that stayed open",
     "recorded": "restore frames that a camera recorded",
     "between": "make the frames in between",
 }
