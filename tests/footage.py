@@ -12,10 +12,8 @@ def moving(count: int, height: int = 24, width: int = 32) -> np.ndarray:
     return np.stack([texture[:height, number : number + width] for number in range(count)])
 
 
-def write_video(
-    path: Path, frames: np.ndarray, codec: str = "libx264", pixels: str = "", sound: bool = False, times=None, look=None, turned=0
-) -> None:
-    """`times` in tenths of a second; `look` (matrix, range, primaries, transfer) as ITU-T H.273 numbers them; `turned` in degrees."""
+def write_video(path: Path, frames: np.ndarray, codec: str = "libx264", pixels: str = "", sound: int = 0, times=None, look=None, turned=0) -> None:
+    """`sound` in seconds; `times` in tenths; `look` (matrix, range, primaries, transfer) as ITU-T H.273 numbers them; `turned` in degrees."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10)
         stream.height, stream.width = frames.shape[1:3]
@@ -37,7 +35,7 @@ def write_video(
             container.mux(stream.encode(made))
         container.mux(stream.encode())
         if heard:
-            tone = av.AudioFrame.from_ndarray(np.sin(np.arange(8000)[None] / 5).astype(np.float32), format="fltp", layout="mono")
+            tone = av.AudioFrame.from_ndarray(np.sin(np.arange(8000 * sound)[None] / 5).astype(np.float32), format="fltp", layout="mono")
             tone.sample_rate = 8000
             for packet in [*heard.encode(tone), *heard.encode()]:
                 container.mux(packet)

@@ -1,6 +1,7 @@
 """Write restored frames as a video: in segments that survive an interruption, joined at the end with the sound of the source."""
 
-from collections.abc import Iterator, Sequence
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -127,27 +128,38 @@ def join(segments: Sequence[Path], source: Path | None, target: Path) -> None:
     unfinished = target.with_name(f".unfinished-{target.name}")
     with av.open(str(unfinished), "w") as output, av.open(str(segments[0])) as first, _sounds(source) as heard:
         video = output.add_stream_from_template(first.streams.video[0])
-        copies = []
+        copies: dict[int, av.AudioStream] = {}
         for stream in heard.streams.audio if heard else []:
             try:
-                copies.append((stream, output.add_stream_from_template(stream)))
+                copies[stream.index] = output.add_stream_from_template(stream)
             except ValueError:
                 name = stream.codec_context.name
                 log.warning("%s: a %s file can't hold its sound (%s), which is left out; .mkv takes any", source, target.suffix, name)
-        for segment in segments:
-            with av.open(str(segment)) as container:
-                for packet in container.demux(container.streams.video[0]):
-                    if packet.dts is not None:
-                        packet.stream = video
-                        output.mux(packet)
-        for stream, copy in copies:
-            late = round(_begins(heard) / stream.time_base)
-            heard.seek(0)
-            for packet in heard.demux(stream):
-                if packet.dts is not None:
-                    packet.pts, packet.dts, packet.stream = packet.pts - late, packet.dts - late, copy
-                    output.mux(packet)
+        packets = [_pictures(segments, video)]
+        if copies:
+            packets.append(_copied(heard, copies))
+        # By time, as players read on: a file in which all pictures came first would be played without sound.
+        for packet in heapq.merge(*packets, key=lambda packet: packet.dts * packet.time_base):
+            output.mux(packet)
     unfinished.replace(target)
+
+
+def _pictures(segments: Sequence[Path], video: av.VideoStream) -> Iterator[av.Packet]:
+    for segment in segments:
+        with av.open(str(segment)) as container:
+            for packet in container.demux(container.streams.video[0]):
+                if packet.dts is not None:
+                    packet.stream = video
+                    yield packet
+
+
+def _copied(heard: av.container.InputContainer, copies: Mapping[int, av.AudioStream]) -> Iterator[av.Packet]:
+    begins = _begins(heard)
+    for packet in heard.demux(*(heard.streams[index] for index in copies)):
+        if packet.dts is not None:
+            late = round(begins / packet.time_base)
+            packet.pts, packet.dts, packet.stream = packet.pts - late, packet.dts - late, copies[packet.stream.index]
+            yield packet
 
 
 @contextmanager
