@@ -26,8 +26,9 @@ from benchmarks.machine import describe
 from benchmarks.report import ROOT, show, write
 from vrt.model.block import compile_blocks
 from vrt.model.network import VRT
+from vrt.model.precision import computing
 from vrt.params import load_params
-from vrt.training.determinism import computing, determinism
+from vrt.training.determinism import determinism
 
 PUBLISHED = json.loads((Path(__file__).parent / "published_network.json").read_text())
 SMALL = {

@@ -19,8 +19,8 @@ from benchmarks.machine import describe
 from benchmarks.report import RESULTS, ROOT, show, write
 from vrt.data.sampler import Batch, Share
 from vrt.distributed import Torchrun, device_here, joined
+from vrt.model.precision import computing
 from vrt.params import Params, load_params
-from vrt.training.determinism import computing
 from vrt.training.loop import take_step
 from vrt.training.memory import most_that_fits
 from vrt.training.session import build_network, build_state, hand_out

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import vrt.evaluation.run
 from vrt.evaluation.metrics import PERFECT_DB, psnr, ssim_y
 from vrt.evaluation.run import evaluate, validate
 from vrt.evaluation.tiling import Size
@@ -94,6 +95,23 @@ def test_clips_larger_than_a_tile_are_tiled_and_come_out_the_same(noisy_data, pa
     b = evaluate(tiled, noisy_data, with_tile(params, (3, 48, 48), (1, 8, 8)), "test")
     assert len(whole.modes) == 1 and len(tiled.modes) == 2 * 2 * 3
     assert a.metrics() == pytest.approx(b.metrics(), abs=1e-3)
+
+
+def test_a_clip_shorter_than_windows_that_are_longer_than_a_tile_is_measured_as_with_longer_tiles(noisy_data, params, shift):
+    windows = params.model_copy(update={"network": params.network.model_copy(update={"img_size": (16, 48, 48)})})
+    results = [evaluate(shift(-0.05), noisy_data, with_tile(windows, (tile, 40, 40), (overlap, 8, 8)), "val") for tile, overlap in ((16, 2), (6, 2))]
+    assert results[0].rows[0].frames == results[1].rows[0].frames == 5
+    assert results[0].metrics() == pytest.approx(results[1].metrics())
+
+
+def test_of_many_clips_those_restored_worst_are_shown(make_data, params, shift, texture, monkeypatch):
+    monkeypatch.setattr(vrt.evaluation.run, "CLIPS_SHOWN", 2)
+    truth = texture(2, 80, 100, seed=1) * 0.5
+    brighter = {"a": 0.1, "b": 0.3, "c": 0.2, "d": 0.05}
+    data = make_data({"test": {name: (truth + amount, truth) for name, amount in brighter.items()}})
+    evaluation = evaluate(shift(0.0), data, params, "test")
+    assert [row.name for row in evaluation.rows if row.worst_crops] == ["b", "c"]
+    assert len(evaluation.rows) == 4
 
 
 def test_the_preview_is_the_middle_frame_of_the_first_clip(noisy_data, params, shift):

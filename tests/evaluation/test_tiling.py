@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vrt.evaluation import tiling
 from vrt.evaluation.tiling import AnySize, blend_weights, restore, restore_stream, tile_count, tile_spans
+from vrt.model.precision import computing
 
 
 @st.composite
@@ -289,9 +290,42 @@ def test_tiles_go_together_as_far_as_memory_allows_and_come_out_the_same(monkeyp
     assert torch.equal(restore(network, clip, (2, 16, 16), (0, 8, 8), 1), alone)
     assert network.tried == [16, 8, 4, *[2] * 8]
 
-    class Nothing(Small):
-        def forward(self, x):
-            raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(torch.OutOfMemoryError):
-        restore(Nothing(), clip, (2, 16, 16), (0, 8, 8), 1)
+def with_memory_for(side: int) -> nn.Module:
+    """A network whose device holds tiles of that height and width at most."""
+
+    class Network(nn.Module):
+        def forward(self, x):
+            if max(x.shape[-2:]) > side:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return Blur()(x)
+
+    return Network()
+
+
+def test_tiles_become_smaller_where_memory_holds_none_and_stay_so(caplog):
+    counted = []
+    restored = restore(with_memory_for(40), clip(1, 5, 3, 100, 70), (3, 80, 80), (1, 30, 30), 1, lambda: counted.append(1))
+    assert torch.equal(restored, restore(Blur(), clip(1, 5, 3, 100, 70), (3, 40, 35), (1, 20, 17), 1))
+    assert [record.message for record in caplog.records] == ["the device has too little memory for a tile: going on with tiles of 40 x 35 pixels"]
+    assert len(counted) == tile_count((5, 100, 70), (3, 80, 80), (1, 30, 30)), "a bar ends at its end"
+
+
+def test_where_memory_does_not_hold_the_smallest_tile_it_is_said_what_to_lower():
+    message = (
+        r"^the device's memory does not hold a tile of 3 frames of 32 x 20 pixels \(CUDA out of memory\); "
+        r"lower the first number of evaluate.tile, or end what else takes memory$"
+    )
+    with pytest.raises(ValueError, match=message):
+        restore(with_memory_for(16), clip(1, 5, 3, 100, 20), (3, 80, 80), (1, 8, 8), 1)
+
+
+def test_a_gpu_computes_in_full_float32_and_goes_back_to_what_it_did():
+    class Seen(nn.Module):
+        def forward(self, x):
+            assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+            return x
+
+    with computing("tf32"):
+        restore(Seen(), clip(1, 2, 3, 16, 16), (2, 16, 16), (1, 8, 8), 1)
+        assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vrt.model.network import VRT
-from vrt.training.determinism import computing
+from vrt.model.precision import computing
 
 TASKS = ["001", "002", "003", "004", "005", "006", "007", "008", "009"]
 LONG = ["sr_pa2_shift3d", "sr_pa4_d7", "sr_pa6_d9", "deblur_pa2_win8", "deblur_pa2_b2"]

@@ -22,7 +22,7 @@ from vrt.model.network import VRT
 from vrt.params import load_params
 from vrt.stages import restore as restoring
 from vrt.stages.footage import PictureTarget, VideoTarget
-from vrt.stages.restore import run_restore
+from vrt.stages.restore import alone_in, run_restore
 from vrt.training.session import build_network
 
 PARAMS = Path("params.yaml")
@@ -85,7 +85,7 @@ def shown_at(path: Path) -> list[float]:
 def test_a_video_comes_back_restored_with_its_times_and_its_sound(here, tmp_path):
     frames = waves(9, 21, 34)
     # A camera that dropped frames: the times are as uneven afterwards.
-    write_video(tmp_path / "in.mp4", frames, sound=True, times=[0, 1, 2, 5, 6, 7, 9, 10, 14])
+    write_video(tmp_path / "in.mp4", frames, sound=1, times=[0, 1, 2, 5, 6, 7, 9, 10, 14])
     for name in ("out.mp4", "out.mkv"):
         assert restore(tmp_path / "in.mp4", tmp_path / name) == 0
     exact, close = (decoded(tmp_path / name) for name in ("out.mkv", "out.mp4"))
@@ -201,6 +201,33 @@ def test_killed_it_goes_on_and_gives_the_same(here, tmp_path):
     assert restore(tmp_path / "in.mkv", tmp_path / "whole.mkv") == 0
     assert np.array_equal(decoded(tmp_path / "whole.mkv"), decoded(tmp_path / "out.mkv"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mkv", "out.mkv", "whole.mkv"]
+
+
+def test_a_clip_shorter_than_windows_that_are_longer_than_a_tile_is_restored_as_with_longer_tiles(here, tmp_path):
+    write_video(tmp_path / "in.mkv", moving(4), codec="ffv1")
+    here.edit(network__img_size=[16, 48, 48], evaluate__tile=[16, 40, 40])
+    try:
+        write_weights(here)
+        assert restore(tmp_path / "in.mkv", tmp_path / "expected.mkv") == 0
+        here.edit(evaluate__tile=[12, 40, 40])
+        assert restore(tmp_path / "in.mkv", tmp_path / "out.mkv", preview=True) == 0
+    finally:
+        here.edit(network__img_size=[6, 48, 48], evaluate__tile=[3, 40, 40])
+        write_weights(here)
+    assert len(decoded(tmp_path / "out.mkv")) == len(decoded(tmp_path / "out-preview.mkv")) == 4
+
+
+def test_what_another_process_restores_into_is_left_to_it_and_a_note_cut_off_is_no_note(here, tmp_path, caplog):
+    write_video(tmp_path / "in.mkv", moving(2), codec="ffv1")
+    work = tmp_path / ".restoring-out.mkv"
+    with alone_in(work), pytest.raises(DataError) as error:
+        restore(tmp_path / "in.mkv", tmp_path / "out.mkv")
+    assert str(error.value) == f"{work}: another process is restoring into it; wait for that, or choose another name for the output"
+    assert not list(work.iterdir())
+    (work / "plan.json").write_text("")
+    (work / "restored").mkdir()
+    assert restore(tmp_path / "in.mkv", tmp_path / "out.mkv") == 0
+    assert not work.exists()
 
 
 def test_too_little_memory_for_a_tile_means_smaller_tiles(here, tmp_path, monkeypatch, caplog):

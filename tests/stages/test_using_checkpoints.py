@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from vrt.data.video import Footage, Look, write_segment
 from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_NOT_BETTER
 from vrt.params import load_params
 from vrt.stages.evaluate import test_clips as prepared_test_clips
-from vrt.stages.promote import judge
+from vrt.stages.promote import check_same_clips, judge
 from vrt.stages.selector import choose
 
 PARAMS = Path("params.yaml")
@@ -60,6 +61,27 @@ def test_every_way_to_name_a_checkpoint_leads_to_the_same_weights(here, lineage,
     finally:
         here.edit(network__num_heads=[2] * 8)
         local.rename(here.root / "checkpoints" / lineage)
+
+
+def test_processes_that_fetch_the_same_step_wait_for_one_another(here, lineage, tmp_path):
+    local = (here.root / "checkpoints" / lineage).rename(tmp_path / "elsewhere")
+    shutil.rmtree("checkpoints/fetched", ignore_errors=True)
+    try:
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(lambda _: choose(f"{lineage}@8", PARAMS).sha256, range(4)))
+    finally:
+        local.rename(here.root / "checkpoints" / lineage)
+    assert len(set(found)) == 1
+    kept = here.root / "checkpoints/fetched" / lineage
+    assert not [path for path in kept.iterdir() if path.is_dir() or "unfinished" in path.name], "nothing was set aside, nothing left over"
+
+
+def test_a_prepared_data_set_is_not_taken_for_another_one(here):
+    shutil.copytree("data/raw/tiny", "data/raw/another", dirs_exist_ok=True)
+    params = load_params(PARAMS)
+    changed = params.model_copy(update={"data": params.data.model_copy(update={"dataset": "another"})})
+    assert prepared_test_clips("another", changed).index.dataset == "another"
+    assert prepared_test_clips("tiny", params).index.dataset == "tiny"
 
 
 @pytest.mark.parametrize(
@@ -124,6 +146,19 @@ def test_any_checkpoint_is_measured_on_any_test_set_and_the_better_one_is_the_ch
     assert back.returncode == 0 and registry.led_to("champion") == (lineage, 1)
     file = here.vrt("promote", "--checkpoint", f"checkpoints/{lineage}/8_G.pth")
     assert file.returncode == EXIT_BAD_INPUT and "only a registered checkpoint can become the champion" in file.stdout
+
+
+def test_checkpoints_that_are_measured_on_different_clips_are_not_compared(here):
+    params = load_params(PARAMS)
+    noisier = params.model_copy(update={"degradation": params.degradation.model_copy(update={"sigma_max": 60, "sigma_test": 50.0})})
+    check_same_clips("a@1", params, "b@2", params.model_copy(update={"degradation": params.degradation.model_copy(update={"sigma_max": 60})}))
+    with pytest.raises(ValueError) as error:
+        check_same_clips("a@1", params, "b@2", noisier)
+    level = params.degradation.sigma_test
+    assert str(error.value) == (
+        f'a@1: it restores {{"kind": "noise", "sigma_test": {level}}}, the champion b@2 {{"kind": "noise", "sigma_test": 50.0}}; results on different '
+        "clips don't compare: give such a training a `name` of its own, or take the alias champion away on the model's page in MLflow to begin anew"
+    )
 
 
 @pytest.mark.parametrize(

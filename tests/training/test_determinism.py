@@ -5,13 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vrt.data.sampler import Batch
 from vrt.params import load_params
 from vrt.training.determinism import determinism
 from vrt.training.loop import take_step
-from vrt.training.session import build_state
+from vrt.training.session import build_network, build_state
 
+# By torch.use_deterministic_algorithms' own list, of what a network like this might use.
+REFUSED = {
+    *("reflection_pad2d_backward", "replication_pad2d_backward", "reflection_pad3d_backward", "replication_pad3d_backward"),
+    *("upsample_bilinear2d_backward", "upsample_bicubic2d_backward", "upsample_nearest2d_backward", "upsample_trilinear3d_backward"),
+    *("grid_sampler_2d_backward", "adaptive_avg_pool2d_backward", "avg_pool3d_backward", "max_pool3d_with_indices_backward", "put_", "cumsum"),
+}
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -56,6 +63,30 @@ def test_the_real_network_trains_to_the_same_bits_with_and_without_it(weights_af
         with determinism(wanted):
             weights.append(weights_after_two_steps(torch.device("cpu")))
     assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])
+
+
+class Called(TorchDispatchMode):
+    """The operators that were called, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.names.add(function._schema.name.removeprefix("aten::"))
+        return function(*arguments, **(named or {}))
+
+
+def test_training_on_frames_in_between_calls_nothing_that_pytorch_refuses_on_a_gpu():
+    network = build_network(
+        load_params(PROJECT / "recipes" / "009_videofi_Vimeo_4frames.yaml").network.model_copy(
+            update={"depths": (1,) * 8, "embed_dims": (8,) * 8, "num_heads": (2,) * 8, "indep_reconsts": (7,)}
+        )
+    )
+    with Called() as called:
+        network(torch.rand(1, network.frames, 3, 16, 16)).sum().backward()
+    assert {"convolution", "convolution_backward"} <= called.names
+    assert not called.names & REFUSED
 
 
 def test_on_a_gpu_the_real_network_trains_to_the_same_bits(gpu, weights_after_two_steps):

@@ -1,4 +1,4 @@
-"""One trainer per checkpoint folder on this machine: an flock that names its owner."""
+"""Who may write a checkpoint folder on this machine: one trainer, by an flock that names it; whoever only fetches, one after the other."""
 
 import fcntl
 import json
@@ -37,6 +37,15 @@ def locked(folder: Path) -> Iterator[None]:
         owner = {"pid": os.getpid(), "launchers": launchers(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
         json.dump(owner, file)
         file.flush()
+        yield
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Work in `folder`, in which nobody trains, while no other process does: wait for those that came before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

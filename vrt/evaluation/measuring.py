@@ -41,7 +41,8 @@ class ClipResult:
     scores: Scores
     worst: Place
     """Where the restoration is furthest from the truth."""
-    worst_crops: Triple
+    worst_crops: Triple | None
+    """That place of it; kept of some clips only."""
     middle: Triple | None
     """The frame in the middle of the clip; kept of the first clip only, since frames are large."""
 

@@ -22,13 +22,13 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     metrics.json     the means, flat, for `dvc metrics show`
     clips.csv        one row per clip, for `dvc plots`
     table.md         PSNR/SSIM per clip, as papers print them
-    comparison.png   the worst square of every clip: input, restored, truth
+    comparison.png   the worst square of every clip, or of the `CLIPS_SHOWN` restored worst: input, restored, truth
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "metrics.json", json.dumps(_rounded(evaluation.means), indent=2, allow_nan=False).encode() + b"\n")
     write_file(folder / "clips.csv", _clips_csv(evaluation).encode())
     write_file(folder / "table.md", published_table(evaluation).encode())
-    worst = comparison([(_title(row), row.worst_crops) for row in evaluation.rows])
+    worst = comparison([(_title(row), row.worst_crops) for row in evaluation.rows if row.worst_crops])
     write_file(folder / "comparison.png", png(worst))
 
 

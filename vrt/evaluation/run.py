@@ -3,7 +3,7 @@
 Axes: B batch (1), D frames, C channels, H height, W width; lower-case h, w are those of the input.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ INPUT_LABELS = {
     "between": "mean of the two neighbours",
 }
 """What one has without the network, by the kind of degradation, in a sentence that goes "... over the noisy input"."""
+
+CLIPS_SHOWN = 24
+"""Whose worst squares a report shows: those restored worst, by their PSNR."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def evaluate(network: nn.Module, data: PreparedData, params: Params, split: str,
                 restored = piece[0, : max(0, clip.count - first)]
                 measuring.add(first, *given.pairs(first, len(restored)), restored)
             rows.append(measuring.result())
+            _show_only_the_worst(rows)
     means = Scores(_mean([row.scores.input for row in rows]), _mean([row.scores.restored for row in rows]))
     return Evaluation(split, INPUT_LABELS[params.degradation.kind], tuple(rows), means)
 
@@ -80,6 +84,14 @@ def evaluate(network: nn.Module, data: PreparedData, params: Params, split: str,
 def validate(network: nn.Module, data: PreparedData, params: Params, limit: int | None = None) -> Evaluation:
     """`evaluate` on the validation split: what the trainer calls between steps."""
     return evaluate(network, data, params, "val", limit)
+
+
+def _show_only_the_worst(rows: list[ClipResult]) -> None:
+    """Of thousands of clips, pictures would take gigabytes, and nobody looks at them all."""
+    shown = [number for number, row in enumerate(rows) if row.worst_crops]
+    if len(shown) > CLIPS_SHOWN:
+        best = max(shown, key=lambda number: rows[number].scores.restored.psnr)
+        rows[best] = replace(rows[best], worst_crops=None)
 
 
 class _Given:
@@ -92,9 +104,16 @@ class _Given:
         self._clip, self._frames, self._between = clip, params.network.img_size[0], _interpolates(params)
         self._first = 0
         self._shown = self._truth = torch.empty(0)
+        self._whole: Tensor | None = None
 
     def read(self, start: int, stop: int) -> Tensor:
-        """(1, D, C, h, w)."""
+        """(1, stop - start, C, h, w)."""
+        if self._clip.count < self._frames and not self._between:
+            # Few frames, and tiles may be shorter still: what follows the clip's end may be any of them.
+            if self._whole is None:
+                self._shown, self._truth = self._clip.read(0, self._clip.count)
+                self._whole = continue_backwards(self._shown, self._frames)
+            return self._whole[None, start:stop]
         degraded, self._truth = self._clip.read(start, min(stop, self._clip.count))
         self._first = start
         if self._between:
@@ -102,7 +121,7 @@ class _Given:
             self._shown = neighbours_mean(groups[0], self._frames)
             return groups
         self._shown = degraded
-        return continue_backwards(degraded, self._frames)[None] if self._clip.count < self._frames else degraded[None]
+        return degraded[None]
 
     def pairs(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """What one has without the network of some of the frames read last, (D, C, h, w), and their truth, (D, 3, H, W)."""

@@ -4,6 +4,7 @@ Axes: B batch, D frames, C channels, H height, W width; lower-case h, w are thos
 """
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vrt.model.network import MULTIPLE
+from vrt.model.precision import computing
+
+SMALLEST_TILE = 32
+"""Height and width below which a tile is not made smaller where memory is too little: it would see next to nothing of its surroundings."""
 
 Size = tuple[int, int, int]
 """Frames, height, width."""
@@ -22,10 +27,12 @@ def restore(network: nn.Module, degraded: Tensor, tile: Size, overlap: Size, ups
 
     `tile` and `overlap` are frames, height and width of the input; an axis shorter than its tile is taken whole, so a clip that
     fits in one tile gives the very bits of `network(degraded)`. On a CPU one tile at a time goes through the network, on a GPU as many as
-    it has memory for. The modes (training or evaluation) of the network and its parts are as before afterwards. `progress` is called
-    once per tile.
+    it has memory for, and smaller ones where it has too little for one. A GPU computes in full float32: results are compared across
+    machines, and not all have the coarser products. The modes (training or evaluation) of the network and its parts are as before
+    afterwards. `progress` is called once per tile.
 
-    Raises ValueError if the overlap does not leave a tile room to advance, or the network returns another shape than expected.
+    Raises ValueError if the overlap does not leave a tile room to advance, memory does not hold the smallest tile, or the network
+    returns another shape than expected.
     """
     frames, height, width = degraded.shape[1], *degraded.shape[-2:]
     restored = torch.empty(len(degraded), frames, 3, height * upscale, width * upscale)
@@ -48,19 +55,20 @@ def restore_stream(
     """Restore a clip of `size` that may be longer than memory: yields (number of its first frame, (B, d, 3, H, W)) for each piece, in order.
 
     `read(start, stop)` gives the input's frames, (B, stop - start, C, h, w); it is asked in order, for frames that overlap by what tiles share.
-    Begins at frame `first`. The pieces are those of `restore`, to the bit, wherever it begins.
-    Raises ValueError where tiles would share as much as they are long, or less than nothing.
+    Begins at frame `first`. The pieces are those of `restore`, to the bit, wherever it begins, with tiles of the same size.
+    Raises ValueError where tiles would share as much as they are long, or less than nothing, and where memory does not hold the smallest.
     """
     if any(o >= t or o < 0 for o, t in zip(overlap, tile)):
         raise ValueError(f"overlap: expected 0 or more and less than the tile {tuple(tile)}, found {tuple(overlap)}; lower evaluate.overlap")
     spans = tile_spans(size[0], tile[0], overlap[0])
     ramps = blend_weights(spans, overlap[0], 1)
+    area = Area(network, tile[1:], overlap[1:], upscale)
     waiting: Tensor | None = None
     begins = 0
     for number, ((start, stop), ramp) in enumerate(zip(spans, ramps)):
         if stop <= first:
             continue
-        piece = _restore_window(network, read(start, stop), tile[1:], overlap[1:], upscale, progress) * ramp.view(-1, 1, 1, 1)
+        piece = area.restore(read(start, stop), progress) * ramp.view(-1, 1, 1, 1)
         # Frames before `start` are done, those from there on may get more from this tile.
         if waiting is None:
             waiting, begins = piece, start
@@ -74,27 +82,55 @@ def restore_stream(
         waiting, begins = waiting[:, done - begins :], done
 
 
-def _restore_window(
-    network: nn.Module, degraded: Tensor, tile: tuple[int, int], overlap: tuple[int, int], upscale: int, progress: Callable[[], object] | None
-) -> Tensor:
-    """Restore frames that go into the network at once, tile by tile over their area."""
-    batch, frames, _, height, width = degraded.shape
-    spans = [tile_spans(*axis) for axis in zip((height, width), tile, overlap)]
-    ramps = [blend_weights(axis, o * upscale, upscale) for axis, o in zip(spans, overlap)]
-    restored = torch.zeros(batch, frames, 3, height * upscale, width * upscale)
-    places = list(itertools.product(*(range(len(axis)) for axis in spans)))
-    parts = [[slice(*axis[i]) for axis, i in zip(spans, place)] for place in places]
-    # Not inference_mode: masks that the network computes here and keeps must remain fit for training.
-    with _evaluation_mode(network), torch.no_grad():
-        outputs = _outputs(network, [degraded[..., rows, columns] for rows, columns in parts])
-        for place, (rows, columns), output in zip(places, parts, outputs):
-            target = restored[..., rows.start * upscale : rows.stop * upscale, columns.start * upscale : columns.stop * upscale]
-            _check_shape(output, target)
-            down, across = (axis[i] for axis, i in zip(ramps, place))
-            target += output * down.view(-1, 1) * across
-            if progress:
+class Area:
+    """Restores frames that go into the network at once, tile by tile over their area; tiles stay smaller once memory was too little."""
+
+    def __init__(self, network: nn.Module, tile: tuple[int, int], overlap: tuple[int, int], upscale: int):
+        self._network, self._upscale = network, upscale
+        self._tile, self._overlap = self._planned = tile, overlap
+
+    def restore(self, degraded: Tensor, progress: Callable[[], object] | None) -> Tensor:
+        """(B, d, C, h, w) -> (B, d, 3, h * upscale, w * upscale). Calls `progress` for each tile that was planned, however many it takes."""
+        frames, *sides = degraded.shape[1], *degraded.shape[-2:]
+        tile, overlap = self._planned
+        left = iter(range(tile_count((1, *sides), (1, *tile), (0, *overlap))))
+        while True:
+            try:
+                restored = self._with_tiles(degraded, lambda: progress() if progress and next(left, None) is not None else None)
+            except torch.OutOfMemoryError as error:
+                tried = tuple(min(t, side) for t, side in zip(self._tile, sides))
+                if max(tried) <= SMALLEST_TILE:
+                    raise ValueError(
+                        f"the device's memory does not hold a tile of {frames} frames of {tried[0]} x {tried[1]} pixels ({error}); "
+                        "lower the first number of evaluate.tile, or end what else takes memory"
+                    ) from error
+                self._tile = tuple(min(t, max(SMALLEST_TILE, t // 2)) for t in tried)
+                self._overlap = tuple(min(o, t // 2) for o, t in zip(self._overlap, self._tile))
+                logging.getLogger("vrt").warning("the device has too little memory for a tile: going on with tiles of %d x %d pixels", *self._tile)
+                continue
+            for _ in left:
+                if progress:
+                    progress()
+            return restored
+
+    def _with_tiles(self, degraded: Tensor, progress: Callable[[], object]) -> Tensor:
+        batch, frames, _, height, width = degraded.shape
+        upscale = self._upscale
+        spans = [tile_spans(*axis) for axis in zip((height, width), self._tile, self._overlap)]
+        ramps = [blend_weights(axis, o * upscale, upscale) for axis, o in zip(spans, self._overlap)]
+        restored = torch.zeros(batch, frames, 3, height * upscale, width * upscale)
+        places = list(itertools.product(*(range(len(axis)) for axis in spans)))
+        parts = [[slice(*axis[i]) for axis, i in zip(spans, place)] for place in places]
+        # Not inference_mode: masks that the network computes here and keeps must remain fit for training.
+        with _evaluation_mode(self._network), torch.no_grad(), computing("fp32"):
+            outputs = _outputs(self._network, [degraded[..., rows, columns] for rows, columns in parts])
+            for place, (rows, columns), output in zip(places, parts, outputs):
+                target = restored[..., rows.start * upscale : rows.stop * upscale, columns.start * upscale : columns.stop * upscale]
+                _check_shape(output, target)
+                down, across = (axis[i] for axis, i in zip(ramps, place))
+                target += output * down.view(-1, 1) * across
                 progress()
-    return restored
+        return restored
 
 
 def _outputs(network: nn.Module, tiles: list[Tensor]) -> Iterator[Tensor]:

@@ -186,7 +186,7 @@ class VRT(nn.Module):
         features = self._features(frames - mean, [])
         features = features.unflatten(0, frames.shape[:2]).flatten(1, 2)
         fused = F.leaky_relu(self.linear_fuse(features), 0.2)
-        between = self.conv_last(F.pad(fused, (3, 3, 3, 3), mode="reflect"))
+        between = self.conv_last(_reflected(_reflected(fused, 3, -1), 3, -2))
         return between.unflatten(1, (-1, self.in_chans)) + mean
 
     def _check_clip(self, clip: Tensor) -> None:
@@ -208,6 +208,13 @@ class VRT(nn.Module):
                 f"clip: expected height and width as multiples of {MULTIPLE}, {MULTIPLE} x {MULTIPLE} or more, found {height} x {width}; "
                 f"pad it to {larger} and crop the result"
             )
+
+
+def _reflected(x: Tensor, width: int, axis: int) -> Tensor:
+    """`x`, longer by `width` at both ends of an axis, mirrored without the edge. PyTorch's own padding has no deterministic gradient on a GPU."""
+    length = x.shape[axis]
+    before, after = x.narrow(axis, 1, width), x.narrow(axis, length - 1 - width, width)
+    return torch.cat([before.flip(axis), x, after.flip(axis)], axis)
 
 
 def _halvings(stage: int) -> int:

@@ -24,7 +24,6 @@ from vrt.params import Params, fingerprint, load_params
 from vrt.stages import MODEL, PREPARED, REPORTS
 from vrt.stages.provenance import folder_of
 from vrt.stages.selector import Chosen, choose
-from vrt.training.determinism import computing
 from vrt.training.session import build_network, load_fitting, released
 
 OTHERS = Path("data/.prepared-for-evaluation")
@@ -70,16 +69,16 @@ def measure_checkpoint(chosen: Chosen, dataset: str | None) -> Evaluation:
 
 
 def measure(network: torch.nn.Module, data: PreparedData, params: Params) -> Evaluation:
-    """On the GPU, if there is one, and in full float32: results are compared across machines, and not all have the coarser products."""
+    """On the GPU, if there is one."""
     network.to("cuda" if torch.cuda.is_available() else "cpu")
-    with computing("fp32"):
-        return evaluate(network, data, params, "test")
+    return evaluate(network, data, params, "test")
 
 
 def test_clips(name: str, params: Params) -> PreparedData:
     """The data set below data/raw/, prepared: in data/prepared/ where that is the one of the params file, else in a folder of its own."""
-    if name == params.data.dataset and PREPARED.exists():
-        return PreparedData.open(PREPARED)
+    # Where the params file was changed since, it is still another one.
+    if name == params.data.dataset and PREPARED.exists() and (data := PreparedData.open(PREPARED)).index.dataset == name:
+        return data
     prepared, made_of, source = OTHERS / name, OTHERS / f"{name}.source", raw_digest(RAW / name)
     if not (prepared / "index.json").exists() or not made_of.exists() or made_of.read_text() != source:
         prepare(RAW / name, prepared)

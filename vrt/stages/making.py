@@ -52,13 +52,19 @@ class Restoring:
             settings.evaluate.overlap,
         )
         self.size, self.begins = (max(source.count, self._least), *self._window.size), done
+        self._whole: np.ndarray | None = None
 
     def read(self, start: int, stop: int) -> Tensor:
         """(1, D, C, H, W) in [0, 1], a noise level the fourth channel; a source shorter than the network's clip goes on backwards."""
-        clip = as_floats(self._window.read(start, min(stop, self._count)))[None]
+        if self._count < self._least:
+            # Few frames, and tiles may be shorter still: what follows the source's end may be any of them.
+            self._whole = self._window.read(0, self._count) if self._whole is None else self._whole
+            clip = continue_backwards(as_floats(self._whole)[None], self._least)[:, start:stop]
+        else:
+            clip = as_floats(self._window.read(start, stop))[None]
         if self._level is not None:
             clip = torch.cat([clip, torch.full_like(clip[:, :, :1], self._level)], dim=2)
-        return continue_backwards(clip, self._least) if self._count < self._least else clip
+        return clip
 
     def frames(self, first: int, piece: Tensor) -> tuple[int, np.ndarray]:
         """The frames themselves, as many as the source has: (D, H, W, 3)."""

@@ -6,8 +6,12 @@ import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vrt.lifecycle import EXIT_DONE, EXIT_NOT_BETTER
+
+if TYPE_CHECKING:
+    from vrt.params import Params
 
 METRICS = ("psnr", "ssim")
 
@@ -36,6 +40,23 @@ def judge(candidate: str, measured: float, champion: str | None, to_beat: float 
     enough = gain > 0 if least_gain == 0 else gain >= least_gain
     asked = "any gain" if least_gain == 0 else f"a gain of {least_gain:+g}"
     return Verdict(enough, candidate, champion, metric, measured, to_beat, f"its gain is {gain:+.4f}, asked was {asked}")
+
+
+def check_same_clips(candidate: str, ours: "Params", champion: str, theirs: "Params") -> None:
+    """Raises ValueError where two checkpoints are measured on clips that were degraded in different ways: the easier ones would win."""
+    found, expected = _as_tested(ours), _as_tested(theirs)
+    if found != expected:
+        raise ValueError(
+            f"{candidate}: it restores {json.dumps(found)}, the champion {champion} {json.dumps(expected)}; results on different clips don't "
+            "compare: give such a training a `name` of its own, or take the alias champion away on the model's page in MLflow to begin anew"
+        )
+
+
+def _as_tested(params: "Params") -> dict[str, Any]:
+    """What makes the input of test clips, beside the data set."""
+    made = params.degradation.model_dump(mode="json", exclude={"sigma_min", "sigma_max"})
+    # Frames in between are made of so many, and only where there are as many.
+    return made | ({"given frames": params.network.img_size[0]} if made["kind"] == "between" else {})
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -76,7 +97,11 @@ def run(args: argparse.Namespace) -> int:
     registry, step = candidate.desk.registry, candidate.candidate.step
     reigning = registry.led_to(CHAMPION)
     champion = f"{reigning[0]}@{reigning[1]}" if reigning else None
-    to_beat = measured(choose(champion, args.params)) if champion and champion != candidate.name else None
+    to_beat = None
+    if champion and champion != candidate.name:
+        present = choose(champion, args.params)
+        check_same_clips(candidate.name, candidate.params, champion, present.params)
+        to_beat = measured(present)
     found = measured(candidate)
     verdict = judge(candidate.name, found, champion, found if champion == candidate.name else to_beat, args.metric, args.least_gain)
     if verdict.promote and not args.dry_run:

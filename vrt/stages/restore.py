@@ -1,8 +1,11 @@
 """`vrt restore`: a video or a folder of pictures, restored with any checkpoint, in memory that does not grow with its length."""
 
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +13,14 @@ import torch
 
 from vrt.checkpoint.errors import CheckpointError
 from vrt.data.clips import DataError
-from vrt.evaluation.tiling import Size, restore_stream, tile_count, tile_spans
+from vrt.evaluation.report import write_file
+from vrt.evaluation.tiling import restore_stream, tile_count, tile_spans
 from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, StopRequest
 from vrt.observe import log, progress
 from vrt.params import Between
 from vrt.stages.footage import Source, Target, open_source, open_target
-from vrt.stages.making import Doubling, Making, Restoring, side_by_side
+from vrt.stages.making import Doubling, Restoring, side_by_side
 from vrt.stages.selector import Chosen, choose
-
-SMALLEST_TILE = 32
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,16 @@ def run_restore(source_path: Path, target_path: Path, checkpoint: str, params_pa
     shown = Output(target, shown_path, work / "preview") if preview else None
     outputs = Outputs(Output(target, target_path, work / "restored"), shown)
     plan = {"source": source.digest, "weights": chosen.sha256, "tile": list(chosen.params.evaluate.tile), "sigma": sigma, "preview": preview}
-    begin(work, outputs, plan)
     chosen.network.to("cuda" if torch.cuda.is_available() else "cpu")
-    with StopRequest() as stop:
+    with alone_in(work), StopRequest() as stop:
+        begin(work, outputs, plan)
         if not restore_into(outputs, source, chosen, level, lambda: stop.reason is not None):
             log.warning("%s: %d frames are made; run the same again to go on", stop.reason, outputs.kept())
             return EXIT_CONTINUE_ME
-    for output in reversed(outputs.each()):
-        if not output.path.exists():
-            output.target.finish(output.work, output.path)
-    shutil.rmtree(work)
+        for output in reversed(outputs.each()):
+            if not output.path.exists():
+                output.target.finish(output.work, output.path)
+        shutil.rmtree(work)
     made = f"{source.count} frames of {source_path} {'doubled' if doubled else 'restored'}"
     log.info("%s with %s: %s", made, chosen.name, ", ".join(str(output.path) for output in outputs.each()))
     return EXIT_DONE
@@ -99,41 +101,45 @@ def noise_level(chosen: Chosen, sigma: float | None) -> float | None:
     return None
 
 
+@contextmanager
+def alone_in(work: Path) -> Iterator[None]:
+    """Have a folder that no other process makes anything in. Raises DataError where one does."""
+    work.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{work}: another process is restoring into it; wait for that, or choose another name for the output") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def begin(work: Path, outputs: Outputs, plan: dict) -> None:
     """Have folders for what is made; what an interrupted restoration left there stays only where it was the very same."""
-    note = work / "plan.json"
-    if work.exists() and (not note.exists() or json.loads(note.read_text()) != plan):
+    note, content = work / "plan.json", json.dumps(plan).encode()
+    left = list(work.iterdir())
+    if left and (not note.exists() or note.read_bytes() != content):
         log.warning("%s: left by another restoration; beginning anew", work)
-        shutil.rmtree(work)
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for output in outputs.each():
         output.work.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(plan))
+    write_file(note, content)
 
 
 def restore_into(outputs: Outputs, source: Source, chosen: Chosen, level: float | None, stop: Callable[[], bool]) -> bool:
     """Make what is not kept yet, piece by piece. False: told to stop; what is done is kept.
 
-    Where the device has too little memory for a tile, goes on with smaller ones.
+    Raises ValueError where the device's memory does not hold the smallest tile.
     """
     doubled = isinstance(chosen.params.degradation, Between)
-    tile, upscale, total = chosen.params.evaluate.tile, chosen.params.network.upscale, 2 * source.count - 1 if doubled else source.count
-    while (done := outputs.kept()) < total:
-        making = Doubling(source, done, chosen) if doubled else Restoring(source, done, chosen, level)
-        try:
-            if not _some_pieces(outputs, making, tile, total, stop):
-                return False
-        except torch.OutOfMemoryError:
-            if max(tile[1:]) <= SMALLEST_TILE:
-                raise
-            tile = (tile[0], max(SMALLEST_TILE, tile[1] // 2), max(SMALLEST_TILE, tile[2] // 2))
-            log.warning("the device has too little memory for a tile: going on with tiles of %d x %d pixels (x%d)", tile[1], tile[2], upscale)
-            torch.cuda.empty_cache()
-    return True
-
-
-def _some_pieces(outputs: Outputs, making: Making, tile: Size, total: int, stop: Callable[[], bool]) -> bool:
-    overlap = tuple(min(o, t // 2) for o, t in zip(making.overlap, tile))
-    begins = making.begins
+    total, done = 2 * source.count - 1 if doubled else source.count, outputs.kept()
+    if done == total:
+        return True
+    making = Doubling(source, done, chosen) if doubled else Restoring(source, done, chosen, level)
+    tile, overlap, begins = chosen.params.evaluate.tile, making.overlap, making.begins
     left = sum(stop > begins for _, stop in tile_spans(making.size[0], tile[0], overlap[0]))
     tiles = left * tile_count((1, *making.size[1:]), tile, overlap)
     with progress("restore", tiles, "tiles") as bar:

@@ -7,6 +7,7 @@ from pathlib import Path
 from vrt.checkpoint.curator import Curator, lineage_named
 from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.folder import CheckpointFolder
+from vrt.checkpoint.lock import in_turn
 from vrt.checkpoint.manifest import Manifest
 from vrt.checkpoint.registry import BEST, CHAMPION, LATEST_STEP
 from vrt.checkpoint.resume import Candidate
@@ -93,5 +94,6 @@ def _bring(desk: Desk, candidate: Candidate) -> tuple[Path, Manifest]:
     if candidate.local and not desk.folder.problems(step, desk.lineage):
         return desk.folder.path, desk.folder.manifest(step)
     # Not into the lineage's own folder, where a trainer may be at work.
-    folder = fetch_step(desk, step, FETCHED / desk.lineage)
-    return folder, CheckpointFolder(folder).manifest(step)
+    with in_turn(FETCHED / desk.lineage):
+        folder = fetch_step(desk, step, FETCHED / desk.lineage)
+        return folder, CheckpointFolder(folder).manifest(step)

@@ -31,6 +31,7 @@ from vrt.evaluation.run import validate
 from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, StopRequest
 from vrt.machine import MachineUse
 from vrt.model.block import compile_blocks
+from vrt.model.precision import computing
 from vrt.observe import log
 from vrt.params import Params, fingerprint, flatten, load_params, with_resume
 from vrt.stages import CHECKPOINTS, PREPARED
@@ -41,7 +42,7 @@ from vrt.stages.result import leave_result
 from vrt.stages.run_page import about_checkpoints, run_page
 from vrt.stages.start import refuse_surprise, resume
 from vrt.status import STATUS, StatusFile, TrainingStatus
-from vrt.training.determinism import computing, determinism
+from vrt.training.determinism import determinism
 from vrt.training.loop import Checkpoints, TrainingState, Validation, train
 from vrt.training.memory import clips_at_once
 from vrt.training.session import SnapshotSink, Unkept, build_state, hand_out

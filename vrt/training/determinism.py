@@ -1,4 +1,4 @@
-"""What a step is computed with: the same to the last bit, or an error that says why not; and in which precision."""
+"""A step that is the same to the last bit, or an error that says why not."""
 
 import os
 import re
@@ -34,14 +34,3 @@ def determinism(wanted: bool) -> Iterator[None]:
         ) from error
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
-def computing(precision: str) -> Iterator[None]:
-    """While the block runs, a GPU's matrix products are computed in fp32, or (tf32, bf16) in what its tensor cores have for fp32."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
