@@ -1,6 +1,7 @@
 """Saving: the training waits for the copy alone, hears of every failure, and is stopped where going on would lose more."""
 
 import errno
+import signal
 import threading
 from collections.abc import Callable
 
@@ -106,6 +107,34 @@ def test_a_snapshot_waits_for_the_one_being_written_and_says_so(folder, heard, s
     assert dict(heard.metric("waited_s"))[2] > 0.2
     assert dict(heard.metric("waited_s"))[1] < 0.2
     assert [torch.load(folder.path / f"{step}_G.pth")["layer.weight"][0].item() for step in (1, 2)] == [1, 2]
+
+
+def test_who_is_interrupted_while_it_waits_overwrites_nothing_that_is_being_written(folder, heard, save, monkeypatch):
+    saver, write, go, waiting = Saver(folder, heard), folder.commit, threading.Event(), threading.Event()
+
+    def commit_later(*arguments):
+        assert go.wait(60)
+        return write(*arguments)
+
+    def interrupt(number, frame):
+        # As a second Ctrl-C.
+        if waiting.is_set():
+            threading.Timer(0.3, go.set).start()
+        waiting.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "commit", commit_later)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        save(saver, 1, 1.0, wait=False)
+        for _ in range(2):
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(KeyboardInterrupt):
+                save(saver, 2, 2.0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    save(saver, 2, 2.0)
+    assert [torch.load(folder.path / f"{step}_G.pth")["layer.weight"].tolist() for step in (1, 2)] == [[1.0] * 3, [2.0] * 3]
 
 
 def test_the_training_may_change_its_state_while_it_is_written(folder, heard, lineage, monkeypatch):

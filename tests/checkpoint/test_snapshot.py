@@ -86,6 +86,22 @@ def test_constants_are_copied_once_and_again_only_when_they_were_changed_after_a
     assert copy.of({"w": constants[0]})["w"].tolist() == [3, 4]
 
 
+def test_constants_of_a_copy_that_was_interrupted_are_copied_by_the_next(monkeypatch):
+    network = {"weight": torch.ones(3), "index": torch.arange(4)}
+    copy, real = HostCopy(), torch._foreach_copy_
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    for tree in (Aliases(network), network):
+        monkeypatch.setattr(torch, "_foreach_copy_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            copy.of({"G.pth": tree}, [network["index"]])
+        monkeypatch.setattr(torch, "_foreach_copy_", real)
+        copied = copy.of({"G.pth": tree}, [network["index"]])["G.pth"]
+        assert copied["index"].tolist() == [0, 1, 2, 3] and copied["weight"].tolist() == [1, 1, 1]
+
+
 def test_what_is_planned_once_is_copied_as_what_is_looked_at_each_time():
     network = nn.BatchNorm1d(2)
     aliases, constants, copy = Aliases(network.state_dict()), list(network.buffers()), HostCopy()

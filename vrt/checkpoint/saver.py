@@ -59,6 +59,9 @@ class Saver:
 
     def wait(self) -> None:
         """Wait until the snapshot being written, if there is one, is committed or has failed."""
+        # One thread commits, in order. The future alone would not do: where a second Ctrl-C interrupts this wait, or came before the future
+        # was kept, the next save would fill buffers that are still being written, and digests be made of the mixture.
+        self._executor.submit(int).result()
         writing, self._writing = self._writing, None
         if writing:
             writing.result()

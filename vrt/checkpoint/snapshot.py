@@ -43,6 +43,9 @@ class HostCopy:
             self._copy_from_host(walk)
         if walk.on_gpu:
             self._copy_from_gpu(walk.on_gpu)
+        # Not before: of a copy that an exception interrupted nothing counts.
+        for buffer, content in walk.filled:
+            buffer.content = content
         return copied
 
     def wait(self) -> None:
@@ -106,6 +109,8 @@ class _Walk:
         self.into: list[torch.Tensor] = []
         self.live: list[torch.Tensor] = []
         self.on_gpu: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.filled: list[tuple[_Buffer, tuple[int, int]]] = []
+        """Constants that are among them, and what they hold once they are copied."""
 
     def copy(self, tree: Any, kept: dict[Any, Any], place: Any) -> Any:
         """The copy of `tree`, whose buffers are kept under `place` of `kept`, a dict that mirrors the tree above."""
@@ -158,7 +163,7 @@ class _Walk:
         for buffer, live in constants:
             content = (live.data_ptr(), live._version)
             if buffer.content != content:
-                buffer.content = content
+                self.filled.append((buffer, content))
                 self._add([buffer.host], [live])
 
     def _add(self, into: list[torch.Tensor], live: list[torch.Tensor]) -> None:
