@@ -70,7 +70,7 @@ def _override(tree: Any, key: str, value: Any, source: Path) -> None:
 def make(project: Project) -> None:
     """Make the workspace of a project, or bring an older one up to date: code and stages as they are now, and the params.
 
-    Its checkpoints and results stay. Raw data and DVC's cache are the project's own.
+    Only a run that has it for itself may call this. Its checkpoints and results stay. Raw data and DVC's cache are the project's own.
     """
     if project.folder == PROJECT:
         return
@@ -91,8 +91,10 @@ def make(project: Project) -> None:
     # It lies in a folder that git ignores, where DVC under git would track nothing.
     config.setdefault("core", {})["no_scm"] = "true"
     config.write()
-    with open(project.folder / PARAMS, "w", encoding="utf-8") as file:
+    unfinished = project.folder / f".unfinished-{PARAMS}"
+    with open(unfinished, "w", encoding="utf-8") as file:
         YAML().dump(project.params.model_dump(mode="json"), file)
+    unfinished.replace(project.folder / PARAMS)
 
 
 def pull_raw_data(logger: Logger) -> None:

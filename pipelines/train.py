@@ -28,6 +28,9 @@ RESUME_POLICY = r"^(auto|must|never|[0-9]+|fork [A-Za-z0-9][A-Za-z0-9._-]*@[0-9]
 # MLflow or S3 may be gone just when the training is done. Short pauses: a worker that dies is not noticed during one.
 PAUSES = [10, 20, *[30] * 26]
 
+# What would be done is not worth more waiting for a run that is at work.
+SECONDS_TO_REHEARSE = 1.0
+
 
 class GivenUp(RuntimeError):
     """The training can't be finished without a person; the message says why."""
@@ -159,18 +162,19 @@ def train(
         # A fork is a training of its own: every stage has to know it, not the trainer alone.
         overrides, resume = overrides | {"checkpoints.resume": resume}, "auto"
     project = plan(recipe, overrides)
-    make(project)
-    if dry_run:
-        pull()
-        report(rehearsal(project, resume), "plan", "What this run would do", logger)
-        return None
     told = {RESUME: resume} if resume != "auto" else {}
     told |= {PROCESSES: str(processes)} if processes else {}
     told |= {MACHINES: str(machines), MEET: meet} if meet else {}
     try:
         # Machines that train together have a run each.
-        with the_only_run_of(f"{project.key} on {platform.node()}" if meet else project.key, logger):
-            # Not before this run is the only one: another one's trainer has memory that this one is to have.
+        key = f"{project.key} on {platform.node()}" if meet else project.key
+        # One run at a time from here on: it writes the params that others would be reading, and wants the memory that their trainer has.
+        with the_only_run_of(key, logger, **({"patience": SECONDS_TO_REHEARSE} if dry_run else {})):
+            make(project)
+            if dry_run:
+                pull()
+                report(rehearsal(project, resume), "plan", "What this run would do", logger)
+                return None
             see_that_all_is_there(project)
             pull()
             prepare(project)

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 import vrt.params
-from vrt.params import Params, fingerprint, flatten, load_params
+from vrt.params import Params, changes, fingerprint, flatten, load_params
 from vrt.training.session import build_network
 from vrt.typed_yaml import ParamsError, Section, read_yaml
 
@@ -332,6 +333,19 @@ OTHERS = {
 }
 # These can't be changed on their own: the checks across fields, or their one allowed value, forbid it.
 COUPLED = {"degradation.kind", "network.upscale", "network.pa_frames"}
+
+
+def test_what_a_file_says_otherwise_by_now_is_named(tmp_path: Path, written):
+    path = tmp_path / "params.yaml"
+    shutil.copy2(QUICKSTART, path)
+    before = load_params(path)
+    assert changes(path, before, Params.model_fields) == []
+    path.write_text(path.read_text().replace("total_steps: 160", "total_steps: 400").replace("name: quickstart", "name: mine"))
+    assert changes(path, before, Params.model_fields) == ["name: quickstart -> mine", "train.total_steps: 160 -> 400"]
+    assert changes(path, before, ["name", "network"]) == ["name: quickstart -> mine"]
+    path.write_text("name: [")
+    (found,) = changes(path, before, ["network"])
+    assert found.startswith(str(path))
 
 
 def test_each_knob_either_defines_the_training_or_is_free(written):

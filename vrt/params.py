@@ -6,7 +6,7 @@ No field has a default: a params file states every knob, so what a run did can b
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -383,6 +383,24 @@ def trained_as(params: Params, identity: Mapping[str, Any]) -> Params:
         raise ParamsError(f"the checkpoint was trained by params that this version does not know: {error}") from None
     # Not checked together: the crop, and what else was trained with, is another training's.
     return params.model_copy(update={"network": network, "degradation": trained})
+
+
+def changes(path: Path, since: Params, parts: Iterable[str]) -> list[str]:
+    """What a params file says otherwise than when it was read, in some of its sections and top-level keys, as "KEY: BEFORE -> NOW".
+
+    Where it can't be read any more, what is wrong with it.
+    """
+
+    def flat(params: Params) -> dict[str, Any]:
+        values = {part: getattr(params, part) for part in parts}
+        return flatten({part: value.model_dump(mode="json") if isinstance(value, Section) else value for part, value in values.items()})
+
+    parts = list(parts)
+    try:
+        before, now = flat(since), flat(load_params(path))
+    except ParamsError as error:
+        return [str(error)]
+    return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)]
 
 
 def load_params(path: Path) -> Params:

@@ -39,7 +39,8 @@ def test_evaluate_reads_exactly_the_params_that_dvc_yaml_lists(make_workspace, m
     for key, value in workspace.environment.items():
         monkeypatch.setenv(key, value)
     params = load_params(workspace.root / "params.yaml")
-    monkeypatch.setattr("vrt.stages.evaluate.load_params", lambda _: params)
+    for module in ("vrt.stages.evaluate", "vrt.params"):
+        monkeypatch.setattr(f"{module}.load_params", lambda _: params)
     keys_read.clear()
 
     run_evaluation(workspace.root / "params.yaml")
@@ -53,6 +54,17 @@ def test_train_lists_every_section_but_the_name_of_the_data_set(make_workspace):
     expected = (set(Params.model_fields) - {"data"}) | {"data.workers", "data.damaged"}
     assert set(stages["train"]["params"]) == expected
     assert stages["prepare"]["params"] == ["data.dataset"]
+
+
+def test_params_that_change_while_it_trains_are_not_taken_for_those_that_it_trained_by(make_workspace):
+    workspace = make_workspace("changes")
+    training = workspace.start("dvc", "repro", "train")
+    workspace.wait_for("checkpoint 1 registered", training)
+    workspace.edit(train__total_steps=28)
+    assert training.wait(120) != 0
+    assert "params.yaml changed while this trained; start it again, and it goes on by: train.total_steps: 24 -> 28" in workspace.log.read_text()
+    again = workspace.run("dvc", "repro", "train")
+    assert again.returncode == 0 and "continuing after step 24 of 28" in again.stdout, again.stdout
 
 
 @pytest.mark.long

@@ -156,8 +156,9 @@ def test_checkpoints_that_are_measured_on_different_clips_are_not_compared(here)
         check_same_clips("a@1", params, "b@2", noisier)
     level = params.degradation.sigma_test
     assert str(error.value) == (
-        f'a@1: it restores {{"kind": "noise", "sigma_test": {level}}}, the champion b@2 {{"kind": "noise", "sigma_test": 50.0}}; results on different '
-        "clips don't compare: give such a training a `name` of its own, or take the alias champion away on the model's page in MLflow to begin anew"
+        f'a@1: it restores {{"kind": "noise", "sigma_test": {level}}}, the champion b@2 {{"kind": "noise", "sigma_test": 50.0}}; results on '
+        "different clips don't compare: give such a training a `name` of its own, or take the alias "
+        "champion away on the model's page in MLflow to begin anew"
     )
 
 

@@ -18,14 +18,16 @@ from vrt.data.clips import PreparedData
 from vrt.data.prepare import prepare, raw_digest
 from vrt.evaluation.report import clip_records, summary_table, write_report
 from vrt.evaluation.run import Evaluation, evaluate
-from vrt.lifecycle import EXIT_DONE
+from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE
 from vrt.observe import log
-from vrt.params import Params, fingerprint, load_params
+from vrt.params import Params, changes, fingerprint, load_params
 from vrt.stages import MODEL, PREPARED, REPORTS
 from vrt.stages.provenance import folder_of
 from vrt.stages.selector import Chosen, choose
 from vrt.training.session import build_network, load_fitting, released
 
+READ = ("name", "degradation", "network", "evaluate")
+"""The sections and keys of params that an evaluation depends on, as dvc.yaml lists them."""
 OTHERS = Path("data/.prepared-for-evaluation")
 """Data sets that are only evaluated on."""
 
@@ -46,6 +48,10 @@ def run_evaluation(params_path: Path, checkpoint: str | None = None, dataset: st
     data = PreparedData.open(PREPARED)
     network, manifest = load_model(params)
     evaluation = measure(network, data, params)
+    if changed := changes(params_path, params, READ):
+        # DVC reads the file when a stage has ended: it would take this report for one of params that it does not know.
+        log.warning("%s changed while this evaluated; start it again: %s", params_path, "; ".join(changed))
+        return EXIT_CONTINUE_ME
     write_report(evaluation, REPORTS / "evaluation")
     Console().print(summary_table(evaluation))
     _record(params.name, data.index.dataset, manifest, evaluation)

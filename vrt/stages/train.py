@@ -33,7 +33,7 @@ from vrt.machine import MachineUse
 from vrt.model.block import compile_blocks
 from vrt.model.precision import computing
 from vrt.observe import log
-from vrt.params import Params, fingerprint, flatten, load_params, with_resume
+from vrt.params import Params, changes, fingerprint, flatten, load_params, with_resume
 from vrt.stages import CHECKPOINTS, PREPARED
 from vrt.stages.lineage import lineage_of, origin_here
 from vrt.stages.predictor import predictor_files
@@ -70,7 +70,7 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
     Raises ValueError (params, data, checkpoints) or RuntimeError (lock, services), whose messages are for the user.
     """
     started = time.time()
-    params = load_params(params_path)
+    params = written = load_params(params_path)
     if resume_from is not None:
         params = with_resume(params, resume_from)
     data = PreparedData.open(PREPARED)
@@ -79,7 +79,7 @@ def run_training(params_path: Path, resume_from: str | None = None) -> int:
     lineage = lineage_of(params, data)
     device = device_here()
     with StopRequest() as stop, determinism(params.train.deterministic), computing(params.train.precision), joined(device) as team:
-        training = Training(params, params_path, data, lineage, device, team, stop)
+        training = Training(params, written, params_path, data, lineage, device, team, stop)
         try:
             return train_in_team(training, started)
         except PeerLost as lost:
@@ -98,6 +98,8 @@ class Training:
     """What an attempt is given."""
 
     params: Params
+    written: Params
+    """What the params file said, without what the command line overrides."""
     params_path: Path
     data: PreparedData
     lineage: Lineage
@@ -164,6 +166,10 @@ def lead(training: Training, started: float) -> int:
         if not conclude(keeper, "FINISHED" if done else "KILLED", lambda: not done or stop.reason is not None):
             return EXIT_FAILED if done and stop.reason is None else EXIT_CONTINUE_ME
         if not done:
+            return EXIT_CONTINUE_ME
+        if changed := changes(training.params_path, training.written, Params.model_fields):
+            # DVC reads the file when a stage has ended: it would take this result for one of params that it does not know.
+            log.warning("%s changed while this trained; start it again, and it goes on by: %s", training.params_path, "; ".join(changed))
             return EXIT_CONTINUE_ME
         leave_result(keeper.folder, state.step, state.history)
         log.info("step %d of %s trained and registered; browse it at %s", state.step, lineage.id, keeper.registry.page)
