@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vrt import services
-from vrt.lifecycle import SECONDS_TO_SAVE, launchers, lost_launcher
+from vrt.lifecycle import SECONDS_TO_SAVE, launchers, lost_launcher, write_nowhere
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -57,10 +57,7 @@ def launcher_gone() -> LauncherGone | None:
     gone = lost_launcher(launchers())
     if gone is None:
         return None
-    # Its end of our output is closed: whatever is written there from now on would raise.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(nowhere, stream.fileno())
+    write_nowhere(stream.fileno() for stream in (sys.stdout, sys.stderr))
     return LauncherGone(f"process {gone}, which launched this run, is gone; all is saved, and the next run goes on from there")
 
 

@@ -57,13 +57,58 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.stdout.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_asks_to_stop_and_says_which(start, number: signal.Signals):
     trainer = start(TRAINER)
     trainer.stdout.readline()
     trainer.send_signal(number)
     assert trainer.stdout.read() == f"received {number.name}\n"
     assert trainer.wait() == 0
+
+
+# Has a terminal of its own, starts another script in it below a shell of a kind, and closes it once the script has said its first word.
+TERMINAL = """
+import os, pty, subprocess, sys, time
+
+shell, terminal = pty.fork()
+if shell == 0:
+    subprocess.Popen([sys.executable, "-u", *sys.argv[1:]]).wait()
+    os._exit(0)
+os.read(terminal, 100)
+os.close(terminal)
+for _ in range(1000):
+    if os.path.exists(DONE):
+        print(open(DONE).read(), flush=True)
+        break
+    time.sleep(0.05)
+"""
+# A trainer with a progress bar that writes all the while, and to a file what it was told, after it has written to its terminal.
+WATCHED = """
+import time
+from pathlib import Path
+from vrt.lifecycle import StopRequest
+from vrt.observe import log, progress, set_up_logging
+
+set_up_logging()
+with StopRequest() as stop, progress("train", 1000, "steps") as bar:
+    print("begun", flush=True)
+    while stop.reason is None:
+        time.sleep(0.05)
+        bar.advance()
+    for _ in range(10):
+        time.sleep(0.1)
+        print("saving", flush=True)
+        log.warning("saving")
+        bar.advance()
+done = Path(DONE)
+done.with_suffix(".new").write_text(stop.reason)
+done.with_suffix(".new").rename(done)
+"""
+
+
+def test_who_trains_in_a_terminal_that_is_closed_saves(start, tmp_path: Path):
+    where = f"DONE = {str(tmp_path / 'done')!r}\n"
+    assert start(where + TERMINAL, where + WATCHED).stdout.readline() == "received SIGHUP\n"
 
 
 # Starts another script as torchrun's processes are started, and asks it to stop before it can have begun to listen.

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -83,6 +83,14 @@ def lost_launcher(chain: Launchers) -> int | None:
     return None
 
 
+def write_nowhere(streams: Iterable[int]) -> None:
+    """Let what is written to these file descriptors vanish: whoever read them is gone, and each write would raise."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream)
+    os.close(nowhere)
+
+
 def torchrun_rank() -> int | None:
     """The number that torchrun gave this process among those of its training; None: torchrun did not start it."""
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -117,7 +125,8 @@ def held_back(number: signal.Signals) -> Iterator[None]:
 class StopRequest:
     """Says why to stop after the current step, or None. Use it as a context manager in the main thread.
 
-    SIGTERM and SIGUSR1 (preemption notices), the first Ctrl-C, and the death of a launcher set it. A second Ctrl-C interrupts the step.
+    SIGTERM and SIGUSR1 (preemption notices), SIGHUP (a closed terminal, unless nohup ignores it), the first Ctrl-C, and the death of a
+    launcher set it. A second Ctrl-C interrupts the step.
     A signal that came while whoever launched this process held it back (`held_back`) is heard at the start.
     """
 
@@ -126,9 +135,15 @@ class StopRequest:
         self._left = threading.Event()
         self._before: dict[int, object] = {}
         self._held_back: set[int] = set()
+        self._terminals: list[int] = []
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        heard = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            heard.append(signal.SIGHUP)
+        # Asked now: one that was closed does not answer.
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        for number in heard:
             self._before[number] = signal.signal(number, self._on_signal)
         self._held_back = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         launchers()
@@ -144,6 +159,8 @@ class StopRequest:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            write_nowhere(self._terminals)
         self.reason = self.reason or f"received {signal.Signals(number).name}"
 
     def _watch(self) -> None:

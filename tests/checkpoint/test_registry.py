@@ -2,14 +2,17 @@
 
 import dataclasses
 import io
+import json
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+from vrt.checkpoint.errors import CheckpointError, StoreRefuses, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
 from vrt.checkpoint.registry import MlflowRegistry, Sibling
@@ -221,6 +224,60 @@ def test_a_server_that_is_gone_is_an_outage(named, monkeypatch, unused_port):
     for call in (lambda: registry.open({}, {}), registry.registered, lambda: registry.send(ROWS), lambda: registry.close("FINISHED")):
         with pytest.raises(StoreUnavailable, match=f"MLflow at {address} does not answer .*; see `vrt services status`"):
             call()
+
+
+@pytest.fixture
+def answering(monkeypatch):
+    """A server in MLflow's place that gives every request an answer with this HTTP status and text."""
+    servers = []
+
+    def start(status: int, text: bytes) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            do_GET = do_POST
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{servers[-1].server_port}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        return address
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_lets_nobody_in_is_asked_again_and_says_what_to_check(status, named, answering):
+    address = answering(status, b"denied by the proxy")
+    registry = MlflowRegistry(named)
+    registry.run_id = "0" * 32
+    with pytest.raises(StoreRefuses) as error:
+        registry.registered()
+    assert str(error.value).startswith(f"MLflow at {address} refused (API request to endpoint ")
+    assert str(error.value).endswith(
+        "; check that MLFLOW_TRACKING_URI is MLflow's, and MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and _PASSWORD, where it asks for them"
+    )
+
+
+@pytest.mark.parametrize("code", ["REQUEST_LIMIT_EXCEEDED", "TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR"])
+def test_what_mlflow_itself_calls_an_outage_is_one(code, named, answering):
+    answering(400, json.dumps({"error_code": code, "message": "not now"}).encode())
+    registry = MlflowRegistry(named)
+    registry.run_id = "0" * 32
+    with pytest.raises(StoreUnavailable, match="does not answer"):
+        registry.registered()
 
 
 def test_without_an_address_the_way_to_local_services_is_told(monkeypatch):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
+from vrt.checkpoint.errors import CheckpointError, StoreRefuses, StoreUnavailable
 
 EXPERIMENT = "vrt"
 LEASE_KIND = "vrt.lease_kept_in"
@@ -19,6 +19,12 @@ DESCRIPTION = "mlflow.note.content"
 TABLES = "mlflow.loggedArtifacts"
 LONGEST_DESCRIPTION = 8000
 """Characters of a tag's value, at most."""
+# By MLflow's names for what HTTP has numbers for. 404 without a word of MLflow's own is a proxy that has lost it.
+OUTAGES = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"}
+REFUSALS = {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED", "ENDPOINT_NOT_FOUND"}
+CHECK_MLFLOW = (
+    "check that MLFLOW_TRACKING_URI is MLflow's, and MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and _PASSWORD, where it asks for them"
+)
 
 Row = dict[str, float]
 """One step's metrics by name, with the step itself under "step"."""
@@ -225,11 +231,10 @@ class MlflowRun:
 
     @contextmanager
     def guarded(self) -> Iterator:
-        """Yield the MLflow client; an outage leaves as StoreUnavailable."""
+        """Yield the MLflow client; an outage leaves as StoreUnavailable, a server that lets nobody in as StoreRefuses."""
         import requests
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
-        from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, TEMPORARILY_UNAVAILABLE, ErrorCode
 
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         address = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -239,17 +244,22 @@ class MlflowRun:
             yield MlflowClient(address)
         except MlflowException as error:
             outage = isinstance(error.__cause__ or error.__context__, requests.RequestException)
-            if outage or error.error_code in (ErrorCode.Name(INTERNAL_ERROR), ErrorCode.Name(TEMPORARILY_UNAVAILABLE)):
+            if outage or error.error_code in OUTAGES:
                 raise _unavailable(address, error) from error
+            if error.error_code in REFUSALS:
+                raise StoreRefuses(f"MLflow at {address} refused ({_reason(error)}); {CHECK_MLFLOW}") from error
             raise
         except requests.RequestException as error:
             raise _unavailable(address, error) from error
 
 
 def _unavailable(address: str, error: Exception) -> StoreUnavailable:
+    return StoreUnavailable(f"MLflow at {address} does not answer ({_reason(error)}); see `vrt services status`")
+
+
+def _reason(error: Exception) -> str:
     # What was asked comes first in it, and at length; why there was no answer comes last.
-    reason = (str(error) or type(error).__name__).splitlines()[0].rpartition("Caused by ")[2][:200]
-    return StoreUnavailable(f"MLflow at {address} does not answer ({reason}); see `vrt services status`")
+    return (str(error) or type(error).__name__).splitlines()[0].rpartition("Caused by ")[2][:200]
 
 
 def lease_address(artifacts: str, lineage: str) -> str:

@@ -18,6 +18,7 @@ from rich.table import Table
 from vrt.checkpoint.curator import Curator, lineage_named
 from vrt.checkpoint.errors import CheckpointError, ClockRefused, StoreRefuses, StoreUnavailable
 from vrt.checkpoint.store import S3Store
+from vrt.checkpoint.tracking import CHECK_MLFLOW
 from vrt.data.cli import PREPARED, RAW
 from vrt.data.clips import PreparedData
 from vrt.data.errors import DataError
@@ -99,6 +100,8 @@ def mlflow(params: Params) -> tuple[Finding, str | None]:
     """Whether MLflow answers and has room for the training; and where artifacts go, which it alone knows."""
     try:
         home = Curator(lineage_named(f"{params.name}-0")).home()
+    except StoreRefuses as error:
+        return Finding("MLflow", "wrong", str(error), CHECK_MLFLOW), None
     except StoreUnavailable as error:
         return Finding("MLflow", "unavailable", str(error), "`vrt services up`, or set MLFLOW_TRACKING_URI"), None
     except CheckpointError as error:
