@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from vrt.lifecycle import within
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 # A trainer that says who it is, then why it was told to stop; or ends with its input, when nobody told it.
@@ -217,6 +219,32 @@ def test_under_nohup_a_training_outlives_whoever_launched_it(start):
     assert select.select([chain.stdout], [], [], 1.5)[0] == []
     chain.stdin.close()
     assert chain.stdout.readline() == "None\n"
+
+
+# A command whose upload hangs in a pool, for which Python would wait at its end.
+STUCK = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+from vrt.lifecycle import tell_launcher, within
+
+def upload():
+    with ThreadPoolExecutor() as pool:
+        pool.submit(time.sleep, 600).result()
+
+print(within(0.2, upload), within(60, lambda: None))
+sys.exit(tell_launcher(75))
+"""
+
+
+def test_what_was_abandoned_does_not_keep_a_command_from_ending(start):
+    stuck = start(STUCK)
+    assert stuck.wait(60) == 75
+    assert stuck.stdout.read() == "False True\n"
+
+
+def test_what_a_bounded_call_raises_is_raised():
+    with pytest.raises(KeyError):
+        within(60, lambda: {}["nothing"])
 
 
 def test_the_watch_ends_with_the_command(start):

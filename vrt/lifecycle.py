@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -99,17 +99,50 @@ def torchrun_rank() -> int | None:
 def tell_launcher(code: int) -> int:
     """Leave an exit code where the launcher of a training of several processes looks for it. Returns the one to end with.
 
-    To torchrun a process that stopped as it was asked to has not failed.
+    To torchrun a process that stopped as it was asked to has not failed. Does not return where Python would wait for what does not end.
     """
-    if OUTCOME not in os.environ:
-        return code
-    Path(f"{os.environ[OUTCOME]}.{os.environ['LOCAL_RANK']}").write_text(str(code))
-    if code in (EXIT_DONE, EXIT_CONTINUE_ME):
-        return EXIT_DONE
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Python would wait for gloo's threads, and they for a process that may be dead.
-    os._exit(code)
+    at_once = any(thread.is_alive() for thread in _abandoned)
+    if OUTCOME in os.environ:
+        Path(f"{os.environ[OUTCOME]}.{os.environ['LOCAL_RANK']}").write_text(str(code))
+        if code in (EXIT_DONE, EXIT_CONTINUE_ME):
+            code = EXIT_DONE
+        else:
+            # gloo's threads wait for a process that may be dead.
+            at_once = True
+    if at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+_abandoned: list[threading.Thread] = []
+
+
+def abandon(thread: threading.Thread) -> None:
+    """Let a thread be that did not end in time, such as one that waits for a store: the command ends all the same (`tell_launcher`)."""
+    _abandoned.append(thread)
+
+
+def within(seconds: float, call: Callable[[], object]) -> bool:
+    """Call in a thread of its own, and wait so long for its end. False: it was abandoned. Raises what the call raised meanwhile."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="within", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    ended = not thread.is_alive()
+    if not ended:
+        abandon(thread)
+    return ended
 
 
 @contextmanager

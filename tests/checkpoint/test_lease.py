@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from vrt.checkpoint import claims
@@ -145,6 +146,28 @@ def test_a_killed_trainer_of_this_machine_is_not_waited_for_and_a_living_one_is_
     living.wait()
     assert take(board).token == 2
     assert time.monotonic() - started < 1.0
+
+
+def test_a_claim_whose_answer_was_lost_and_which_was_sent_again_is_ones_own(board, take, monkeypatch):
+    create = board.create
+    monkeypatch.setattr(board, "create", lambda name, text: create(name, text) and create(name, f"{text} "))
+    assert take(board).token == 1
+
+
+def test_a_clock_that_is_set_makes_nobody_look_dead(monkeypatch):
+    claim, created = own_claim(1), psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: created(process) + 3)
+    assert is_gone(claim, claim.place, module._born) is False
+
+
+def test_letting_go_does_not_wait_for_a_store_that_is_silent(board, lineage, monkeypatch, caplog):
+    monkeypatch.setattr(module, "SECONDS_TO_LET_GO", 0.3)
+    lease, silent = Lease(board, lineage), threading.Event()
+    assert lease.take()
+    monkeypatch.setattr(board, "all", lambda: silent.wait(60))
+    lease.release()
+    silent.set()
+    assert "could not let go of the lineage (no answer within 0 s); a trainer on another machine has to wait 1 s" in caplog.text
 
 
 # Born at a fixed time: the ids of tests must be the same in every process.

@@ -29,12 +29,15 @@ from typing import Protocol
 import psutil
 
 from vrt.checkpoint.errors import LeaseLost, LockedError, StoreUnavailable
+from vrt.lifecycle import within
 from vrt.observe import log
 
 SECONDS_BETWEEN_BEATS = 15.0
 # Three beats may be lost, and one be late.
 SECONDS_UNTIL_DEAD = 60.0
 SECONDS_BETWEEN_LOOKS = 1.0
+# A server that is silent would be waited for, and asked again, for minutes.
+SECONDS_TO_LET_GO = 10.0
 
 
 class Notes(Protocol):
@@ -66,7 +69,7 @@ class Claim:
     """The process table that `pid` is of: two claims of one place can be told dead or alive by looking."""
     pid: int
     born: float
-    """When the process was started, by its machine's clock: a number that another process of the same pid has not."""
+    """When the process was started, in seconds since its machine was: a number that another process of the same pid has not."""
     since: str
     heard: str
     """The time of the newest heartbeat by the owner's clock, for people only."""
@@ -102,7 +105,7 @@ def newest_claim(notes: Notes) -> Claim | None:
 def own_claim(token: int) -> Claim:
     """A new claim of this process."""
     process = psutil.Process()
-    return Claim(token, uuid.uuid4().hex, platform.node(), _place(), process.pid, process.create_time(), _now(), _now())
+    return Claim(token, uuid.uuid4().hex, platform.node(), _place(), process.pid, _since_boot(process), _now(), _now())
 
 
 def is_gone(claim: Claim, place: str, born_of: Callable[[int], float | None]) -> bool | None:
@@ -115,7 +118,7 @@ def is_gone(claim: Claim, place: str, born_of: Callable[[int], float | None]) ->
     if claim.place != place:
         return None
     born = born_of(claim.pid)
-    return born is None or abs(born - claim.born) > 1.0
+    return born != claim.born
 
 
 def is_abandoned(notes: Notes) -> bool:
@@ -156,8 +159,10 @@ class Lease:
                     "a time: stop that one, which saves and lets go, or wait for its end, or train under another `name` in the params file"
                 )
             claim = own_claim(found.token + 1 if found else 1)
-            # Read back: where a store does not create exclusively, two may have written.
-            if self._notes.create(claim.name, json.dumps(asdict(claim))) and newest_claim(self._notes) == claim:
+            self._notes.create(claim.name, json.dumps(asdict(claim)))
+            # Read back: where a store does not create exclusively, two may have written; and where an answer was lost and the request sent
+            # again, it was refused for this very claim.
+            if newest_claim(self._notes) == claim:
                 break
         self._claim = claim
         if found and not found.released:
@@ -186,15 +191,19 @@ class Lease:
         """Let go, so that the next trainer need not wait. Never raises: an outage costs the next one on another machine a minute."""
         self._ended.set()
         try:
-            with self._writing:
-                self.validate()
-                self._write(replace(self._claim, released=True))
+            reason = "" if within(SECONDS_TO_LET_GO, self._let_go) else f"no answer within {SECONDS_TO_LET_GO:.0f} s"
         except LeaseLost:
             return
         except Exception as error:
-            log.warning(
-                "%s: could not let go of the lineage (%s); a trainer on another machine has to wait %.0f s", self._lineage, error, SECONDS_UNTIL_DEAD
-            )
+            reason = str(error)
+        if reason:
+            told = "could not let go of the lineage (%s); a trainer on another machine has to wait %.0f s"
+            log.warning(f"%s: {told}", self._lineage, reason, SECONDS_UNTIL_DEAD)
+
+    def _let_go(self) -> None:
+        with self._writing:
+            self.validate()
+            self._write(replace(self._claim, released=True))
 
     def _is_dead(self, claim: Claim, give_up: Callable[[], bool]) -> bool:
         gone = is_gone(claim, _place(), _born)
@@ -254,6 +263,16 @@ def _place() -> str:
 def _born(pid: int) -> float | None:
     try:
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+        return None if process.status() == psutil.STATUS_ZOMBIE else _since_boot(process)
     except psutil.Error:
         return None
+
+
+def _since_boot(process: psutil.Process) -> float:
+    try:
+        stat = Path(f"/proc/{process.pid}/stat").read_text()
+    except FileNotFoundError:
+        # Elsewhere than on Linux.
+        return process.create_time()
+    # Not psutil's time of day, which moves for processes that run already when the clock is set.
+    return int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")

@@ -13,6 +13,7 @@ from vrt.checkpoint.errors import CheckpointError, LeaseLost, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import FileEntry, Manifest, problems_of
 from vrt.checkpoint.store import Store
+from vrt.lifecycle import abandon
 from vrt.observe import log
 
 SECONDS_BETWEEN_SENDS = 2.0
@@ -140,6 +141,8 @@ class Publisher:
             self._thread.join(0.2)
             if hurry() and not hurried:
                 hurried, ends = True, min(ends, time.monotonic() + SECONDS_IN_A_HURRY)
+        if self._thread.is_alive():
+            abandon(self._thread)
         with self._changed:
             missing = [*self._refused_rows, *(f"step {step}: {reason}" for step, reason in self._refused.items())]
             missing += [f"step {manifest.step}: {self._trouble or 'not published in time'}" for manifest in self._waiting]

@@ -28,7 +28,7 @@ from vrt.data.sampler import Share, check_sampling
 from vrt.distributed import PeerLost, Team, device_here, joined
 from vrt.evaluation.pictures import png, preview
 from vrt.evaluation.run import validate
-from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, StopRequest
+from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, StopRequest, within
 from vrt.machine import MachineUse
 from vrt.model.block import compile_blocks
 from vrt.model.precision import computing
@@ -49,6 +49,8 @@ from vrt.training.session import SnapshotSink, Unkept, build_state, hand_out
 
 # A finished training has time to wait for a store that is down; one that was told to stop has not (see `Publisher.finish`).
 SECONDS_TO_PUBLISH = 600.0
+SECONDS_TO_CLOSE = 10.0
+"""For the run's status, where there is no time: with what `Publisher.finish` and `Lease.release` take, less than SECONDS_TO_SAVE."""
 
 
 @dataclass
@@ -280,7 +282,10 @@ def conclude(keeper: Keeper, status: str, hurry: Callable[[], bool]) -> bool:
         # The run is its successor's now.
         return False
     try:
-        keeper.registry.close("FAILED" if missing and status == "FINISHED" else status)
+        patience = SECONDS_TO_CLOSE if hurry() else SECONDS_TO_PUBLISH
+        if not within(patience, lambda: keeper.registry.close("FAILED" if missing and status == "FINISHED" else status)):
+            log.error("the run's status could not be set: MLflow gave no answer within %.0f s", patience)
+            return False
     except Exception as error:
         # Whatever MLflow says to it, the checkpoints are registered or listed above.
         log.error("the run's status could not be set: %s", error)
