@@ -208,6 +208,18 @@ def test_reading_a_run_is_no_attempt(opened, mlflow, named):
     assert mlflow.get_run(registry.run_id).data.tags["vrt.attempts"] == "1"
 
 
+def test_of_two_that_begin_a_lineage_in_the_same_moment_both_take_the_older_run(named, mlflow, monkeypatch):
+    first, second = MlflowRegistry(named), MlflowRegistry(named)
+    first.find_or_create({})
+    real, looks = second._find, iter([None])
+    # It looked before the other's run was there.
+    monkeypatch.setattr(second, "_find", lambda client: next(looks, real(client)))
+    second.find_or_create({})
+    assert second.run_id == first.run_id
+    experiment = mlflow.get_run(first.run_id).info.experiment_id
+    assert len(mlflow.search_runs([experiment], filter_string=f"tags.`vrt.lineage` = '{named.id}'")) == 1
+
+
 def test_a_note_shows_on_the_run(opened, mlflow):
     registry = opened()
     registry.note("failed_save", "x" * 9000)

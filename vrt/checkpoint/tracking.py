@@ -74,7 +74,7 @@ class MlflowRun:
         """Have a run for the lineage, and change nothing of one that exists: another trainer may be at work there."""
         with self.guarded() as client:
             self._experiment_id = self._experiment(client)
-            run = self._find(client) or self._create_run(client, params)
+            run = self._find(client) or self._the_first(client, self._create_run(client, params))
             self.run_id, self._artifacts = run.info.run_id, run.info.artifact_uri
 
     def begin_attempt(self, tags: dict[str, str]) -> None:
@@ -114,8 +114,16 @@ class MlflowRun:
         return bool(run)
 
     def _find(self, client):
-        found = client.search_runs([self._experiment_id], filter_string=f"tags.`vrt.lineage` = '{self.lineage.id}'", max_results=1)
+        of_lineage = f"tags.`vrt.lineage` = '{self.lineage.id}'"
+        found = client.search_runs([self._experiment_id], filter_string=of_lineage, order_by=["attributes.start_time ASC"], max_results=1)
         return found[0] if found else None
+
+    def _the_first(self, client, created):
+        """Of two trainers that began the lineage in the same moment one has looked before the other's run was there: both take the older."""
+        first = self._find(client) or created
+        if first.info.run_id != created.info.run_id:
+            client.delete_run(created.info.run_id)
+        return first
 
     def _experiment(self, client) -> str:
         from mlflow.exceptions import MlflowException

@@ -95,8 +95,9 @@ def resume(
         tell=lambda decision: _note(decision, note),
     )
     if not again:
-        # Only now is it done: what was refused must be refused the next time, too.
-        note("began", str(policy) if policy.begins else "")
+        # Only now is it done: what was refused must be refused the next time, too. And said at once: killed before the run says so, the next
+        # attempt would begin so again, or refuse what this one has saved.
+        registry.note("began", str(policy) if policy.begins else "")
     if manifest is None:
         if policy.kind is Kind.FORK:
             _fork(state, policy, store, total_steps)
