@@ -28,7 +28,11 @@ def outlast(command: Sequence[str]) -> int:
     child = subprocess.Popen(command)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: child.send_signal(number))
-    code = child.wait()
+    # Whatever ends is taken note of, not the command alone: a trainer that has saved would look alive to the flow that waits for its end.
+    ended = 0
+    while ended != child.pid:
+        ended, status = os.wait()
+    child.returncode = code = os.waitstatus_to_exitcode(status)
     deadline = time.monotonic() + SECONDS_TO_SAVE
     # Again, since the end of one leaves its own children here.
     while (left := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:

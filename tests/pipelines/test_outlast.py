@@ -22,6 +22,12 @@ def test_it_ends_with_the_commands_code_once_all_that_was_left_behind_has_ended(
     assert (tmp_path / "saved").exists()
 
 
+def test_what_has_ended_is_gone_for_those_that_still_work(tmp_path: Path):
+    # A grandchild whose parent ended; the command looks whether it is still there, as a flow does after the trainer that it told to stop.
+    script = 'sh -c "sleep 0.3 & echo \\$! > $1"; sleep 1; kill -0 $(cat $1) 2>/dev/null && exit 5; exit 0'
+    assert outlast(script, tmp_path / "pid").wait() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_the_commands_to_act_on(number: signal.Signals):
     name = number.name.removeprefix("SIG")
