@@ -86,6 +86,19 @@ def test_what_goes_wrong_again_and_again_fails_and_what_is_refused_is_not_tried_
 
 
 @pytest.mark.long
+def test_what_a_run_trains_by_is_left_alone_by_others_that_would_train_it_otherwise(worker):
+    running = worker.start("train/vrt", overrides=ENDLESS | {"name": "busy"})
+    worker.wait_for("checkpoint 4 registered")
+    (params,) = (worker.workspace.root / ".vrt" / "workspaces").glob("busy-*/params.yaml")
+    before = params.read_bytes()
+    rehearsed = worker.settled(worker.start("train/vrt", overrides={"name": "busy", "train.total_steps": 200_000}, dry_run=True))
+    assert rehearsed.state_name == "Cancelled" and "trains busy-" in rehearsed.state.message
+    assert params.read_bytes() == before
+    worker.prefect("flow-run", "cancel", running)
+    assert worker.settled(running).state_name == "Cancelled"
+
+
+@pytest.mark.long
 def test_what_is_not_wanted_any_more_saves_and_ends(worker):
     cancelled = worker.start("train/vrt", overrides=ENDLESS | {"name": "cancelled"})
     worker.wait_for("checkpoint 4 registered")
