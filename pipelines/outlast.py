@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
 
 import psutil
 
@@ -25,9 +27,23 @@ def outlast(command: Sequence[str]) -> int:
     Returns its exit code; 128 and the signal's number where one ended it, as a shell does. Raises OSError where it can't be started.
     """
     _adopt_orphans()
-    child = subprocess.Popen(command)
+    started: list[int] = []
+    early: list[int] = []
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        if not started:
+            early.append(number)
+        for pid in started:
+            # It may have ended in this moment.
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _frame: child.send_signal(number))
+        signal.signal(number, pass_on)
+    child = subprocess.Popen(command)
+    started.append(child.pid)
+    for number in early:
+        child.send_signal(number)
     # Whatever ends is taken note of, not the command alone: a trainer that has saved would look alive to the flow that waits for its end.
     ended = 0
     while ended != child.pid:

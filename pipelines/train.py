@@ -4,6 +4,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from pydantic import Field
 
 from pipelines.attempts import LONGEST_PAUSE, Attempt, End, decide, end_of, table
 from pipelines.exclusive import InUse, the_only_run_of
-from pipelines.process import LauncherGone, run
+from pipelines.process import PROJECT, LauncherGone, run
 from pipelines.project import RECIPES, Project, make, plan, pull_raw_data
 from pipelines.summary import closing_page
 from pipelines.watch import NotWanted, Watch, report
@@ -168,13 +169,15 @@ def train(
     try:
         # Machines that train together have a run each.
         key = f"{project.key} on {platform.node()}" if meet else project.key
+        if dry_run:
+            with nullcontext() if project.folder == PROJECT else the_only_run_of(key, logger, SECONDS_TO_REHEARSE):
+                make(project)
+            pull()
+            report(rehearsal(project, resume), "plan", "What this run would do", logger)
+            return None
         # One run at a time from here on: it writes the params that others would be reading, and wants the memory that their trainer has.
-        with the_only_run_of(key, logger, **({"patience": SECONDS_TO_REHEARSE} if dry_run else {})):
+        with the_only_run_of(key, logger):
             make(project)
-            if dry_run:
-                pull()
-                report(rehearsal(project, resume), "plan", "What this run would do", logger)
-                return None
             see_that_all_is_there(project)
             pull()
             prepare(project)

@@ -1,6 +1,7 @@
 """When a command is told to stop, or left alone: shown with real signals and real chains of processes."""
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -74,9 +75,11 @@ import os, pty, subprocess, sys, time
 
 shell, terminal = pty.fork()
 if shell == 0:
-    subprocess.Popen([sys.executable, "-u", *sys.argv[1:]]).wait()
+    subprocess.Popen([sys.executable, "-u", *sys.argv[1:]], start_new_session=APART).wait()
     os._exit(0)
-os.read(terminal, 100)
+shown = b""
+while b"begun" not in shown:
+    shown += os.read(terminal, 100)
 os.close(terminal)
 for _ in range(1000):
     if os.path.exists(DONE):
@@ -108,9 +111,11 @@ done.with_suffix(".new").rename(done)
 """
 
 
-def test_who_trains_in_a_terminal_that_is_closed_saves(start, tmp_path: Path):
-    where = f"DONE = {str(tmp_path / 'done')!r}\n"
-    assert start(where + TERMINAL, where + WATCHED).stdout.readline() == "received SIGHUP\n"
+@pytest.mark.parametrize("apart, reason", [(False, "received SIGHUP"), (True, "process [0-9]+, which launched this one, is gone")])
+def test_who_trains_in_a_terminal_that_is_closed_saves(start, tmp_path: Path, apart: bool, reason: str):
+    # Apart: in a session of its own, as torchrun's processes are.
+    given = f"DONE, APART = {str(tmp_path / 'done')!r}, {apart}\n"
+    assert re.fullmatch(reason, start(given + TERMINAL, given + WATCHED).stdout.readline().strip())
 
 
 # Starts another script as torchrun's processes are started, and asks it to stop before it can have begun to listen.

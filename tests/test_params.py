@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 import vrt.params
-from vrt.params import Params, changes, fingerprint, flatten, load_params
+from vrt.params import Params, changes, fingerprint, flatten, load_params, same_training
 from vrt.training.session import build_network
 from vrt.typed_yaml import ParamsError, Section, read_yaml
 
@@ -343,7 +343,13 @@ def test_what_a_file_says_otherwise_by_now_is_named(tmp_path: Path, written):
     path.write_text(path.read_text().replace("total_steps: 160", "total_steps: 400").replace("name: quickstart", "name: mine"))
     assert changes(path, before, Params.model_fields) == ["name: quickstart -> mine", "train.total_steps: 160 -> 400"]
     assert changes(path, before, ["name", "network"]) == ["name: quickstart -> mine"]
+    assert not same_training(path, before)
+    path.write_text(path.read_text().replace("name: mine", "name: quickstart"))
+    assert same_training(path, before)
+    path.write_text(path.read_text().replace("dataset: quickstart", "dataset: mine"))
+    assert not same_training(path, before)
     path.write_text("name: [")
+    assert not same_training(path, before)
     (found,) = changes(path, before, ["network"])
     assert found.startswith(str(path))
 

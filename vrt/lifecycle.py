@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,8 +125,11 @@ def abandon(thread: threading.Thread) -> None:
     _abandoned.append(thread)
 
 
-def within(seconds: float, call: Callable[[], object]) -> bool:
-    """Call in a thread of its own, and wait so long for its end. False: it was abandoned. Raises what the call raised meanwhile."""
+def within(seconds: float, call: Callable[[], object], hurry: Callable[[], bool] = lambda: False, hurried: float = 0.0) -> bool:
+    """Call in a thread of its own, and wait so long for its end, only `hurried` seconds more once `hurry` says so. False: it was abandoned.
+
+    Raises what the call raised meanwhile.
+    """
     raised: list[BaseException] = []
 
     def run() -> None:
@@ -136,13 +140,25 @@ def within(seconds: float, call: Callable[[], object]) -> bool:
 
     thread = threading.Thread(target=run, name="within", daemon=True)
     thread.start()
-    thread.join(seconds)
+    wait_for(thread, seconds, hurry, hurried)
+    if thread.is_alive():
+        return False
     if raised:
         raise raised[0]
-    ended = not thread.is_alive()
-    if not ended:
-        abandon(thread)
-    return ended
+    return True
+
+
+def wait_for(thread: threading.Thread, seconds: float, hurry: Callable[[], bool], hurried: float) -> None:
+    """Wait so long for the end of a thread, only `hurried` seconds more once `hurry` says so; then, or interrupted, abandon it."""
+    ends, in_a_hurry = time.monotonic() + seconds, False
+    try:
+        while thread.is_alive() and time.monotonic() < ends:
+            thread.join(0.2)
+            if not in_a_hurry and hurry():
+                in_a_hurry, ends = True, min(ends, time.monotonic() + hurried)
+    finally:
+        if thread.is_alive():
+            abandon(thread)
 
 
 @contextmanager
@@ -197,10 +213,15 @@ class StopRequest:
         self.reason = self.reason or f"received {signal.Signals(number).name}"
 
     def _watch(self) -> None:
+        said = False
         while not self._left.wait(SECONDS_BETWEEN_LOOKS):
+            # Those in sessions of their own, such as torchrun's processes, are not told that their terminal is closed.
+            closed = [stream for stream in self._terminals if not os.isatty(stream)]
+            write_nowhere(closed)
+            self._terminals = [stream for stream in self._terminals if stream not in closed]
             gone = None if self.reason else lost_launcher(launchers())
             if gone is not None:
                 self.reason = f"process {gone}, which launched this one, is gone"
-            if self.reason:
+            if self.reason and not said:
                 log.warning("%s: what is at hand is finished and saved first", self.reason)
-                return
+                said = True

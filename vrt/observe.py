@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -36,7 +36,11 @@ class _TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else None
-        _console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
+        try:
+            _console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
+        except OSError:
+            # The terminal was closed. Who works on must not end by what it says.
+            self.handleError(record)
 
 
 class Bar:
@@ -80,5 +84,11 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
         return
     # Fits 80 columns with a training's fields beside it.
     columns = (TextColumn("{task.description}"), BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[fields]}"))
-    with Progress(*columns, console=_console) as live:
+    live = Progress(*columns, console=_console)
+    live.start()
+    try:
         yield Bar(title, total, unit, done, live)
+    finally:
+        # It draws once more: not on a terminal that was closed.
+        with suppress(OSError):
+            live.stop()

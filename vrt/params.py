@@ -403,6 +403,15 @@ def changes(path: Path, since: Params, parts: Iterable[str]) -> list[str]:
     return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in {**before, **now} if before.get(key) != now.get(key)]
 
 
+def same_training(path: Path, since: Params) -> bool:
+    """Whether a params file is still that of the training that it was of when it was read."""
+    try:
+        now = load_params(path)
+    except ParamsError:
+        return False
+    return (now.name, now.data.dataset, now.identity()) == (since.name, since.data.dataset, since.identity())
+
+
 def load_params(path: Path) -> Params:
     """Read a params file.
 

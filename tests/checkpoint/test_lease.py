@@ -171,7 +171,7 @@ def test_letting_go_does_not_wait_for_a_store_that_is_silent(board, lineage, mon
 
 
 # Born at a fixed time: the ids of tests must be the same in every process.
-HERE = replace(own_claim(1), born=1e9)
+HERE = replace(own_claim(1), born=1000.0)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,9 @@ HERE = replace(own_claim(1), born=1e9)
         (HERE, None, True),
         # The pid is in use again, by another process.
         (HERE, HERE.born + 100, True),
+        # By a version that kept the time of day.
+        (replace(HERE, born=1.7e9), HERE.born, None),
+        (replace(HERE, born=1.7e9), None, True),
         (replace(HERE, released=True), HERE.born, True),
         (replace(HERE, place="another machine"), None, None),
         (replace(HERE, place="another machine", released=True), None, True),

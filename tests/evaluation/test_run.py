@@ -97,11 +97,22 @@ def test_clips_larger_than_a_tile_are_tiled_and_come_out_the_same(noisy_data, pa
     assert a.metrics() == pytest.approx(b.metrics(), abs=1e-3)
 
 
-def test_a_clip_shorter_than_windows_that_are_longer_than_a_tile_is_measured_as_with_longer_tiles(noisy_data, params, shift):
+def test_of_a_clip_shorter_than_windows_that_are_longer_than_a_tile_each_tile_gets_its_frames(noisy_data, params, shift):
+    seen = []
+
+    class Seeing(shift):
+        def forward(self, x):
+            seen.append(x)
+            return super().forward(x)
+
     windows = params.model_copy(update={"network": params.network.model_copy(update={"img_size": (16, 48, 48)})})
-    results = [evaluate(shift(-0.05), noisy_data, with_tile(windows, (tile, 40, 40), (overlap, 8, 8)), "val") for tile, overlap in ((16, 2), (6, 2))]
-    assert results[0].rows[0].frames == results[1].rows[0].frames == 5
-    assert results[0].metrics() == pytest.approx(results[1].metrics())
+    evaluation = evaluate(Seeing(-0.1), noisy_data, with_tile(windows, (12, 80, 104), (2, 8, 8)), "test")
+    degraded, _ = noisy_data.splits["test"]["wall"]
+    # There and back again, with each end twice.
+    whole = torch.cat([degraded, degraded.flip(0)] * 2)[:16]
+    assert [clip.shape[1] for clip in seen] == [12, 12]
+    assert torch.equal(seen[0][0, ..., :100], whole[:12]) and torch.equal(seen[1][0, ..., :100], whole[4:])
+    assert evaluation.rows[0].frames == 5 and evaluation.rows[0].scores.restored.psnr == PERFECT_DB
 
 
 def test_of_many_clips_those_restored_worst_are_shown(make_data, params, shift, texture, monkeypatch):

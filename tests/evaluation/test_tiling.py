@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vrt.evaluation import tiling
-from vrt.evaluation.tiling import AnySize, blend_weights, restore, restore_stream, tile_count, tile_spans
+from vrt.evaluation.tiling import AnySize, Tiling, TooLittleMemory, blend_weights, restore, restore_stream, tile_count, tile_spans
 from vrt.model.precision import computing
 
 
@@ -311,12 +311,19 @@ def test_tiles_become_smaller_where_memory_holds_none_and_stay_so(caplog):
     assert len(counted) == tile_count((5, 100, 70), (3, 80, 80), (1, 30, 30)), "a bar ends at its end"
 
 
+def test_smaller_tiles_stay_for_the_clips_that_follow(caplog):
+    tiling = Tiling(with_memory_for(40), (3, 80, 80), (1, 8, 8), 1)
+    for _ in range(2):
+        list(tiling.stream(lambda start, stop: clip(1, 5, 3, 100, 70)[:, start:stop], (5, 100, 70)))
+    assert len(caplog.records) == 1
+
+
 def test_where_memory_does_not_hold_the_smallest_tile_it_is_said_what_to_lower():
     message = (
         r"^the device's memory does not hold a tile of 3 frames of 32 x 20 pixels \(CUDA out of memory\); "
         r"lower the first number of evaluate.tile, or end what else takes memory$"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TooLittleMemory, match=message):
         restore(with_memory_for(16), clip(1, 5, 3, 100, 20), (3, 80, 80), (1, 8, 8), 1)
 
 

@@ -12,6 +12,7 @@ import boto3
 import pytest
 
 from tests.wrong_clock import set_clock
+from vrt.checkpoint.errors import StoreRefuses
 from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_UNAVAILABLE
 from vrt.params import load_params
 from vrt.stages import doctor
@@ -157,6 +158,16 @@ class WrongClock(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None: ...
+
+
+def test_an_mlflow_that_lets_nobody_in_needs_a_person(here, monkeypatch):
+    def refuse(curator):
+        raise StoreRefuses(f"MLflow at http://mlflow refused (403); {doctor.CHECK_MLFLOW}")
+
+    monkeypatch.setattr(doctor.Curator, "home", refuse)
+    finding, home = doctor.mlflow(load_params(Path("params.yaml")))
+    assert (finding.state, finding.found, finding.remedy) == ("wrong", "MLflow at http://mlflow refused (403)", doctor.CHECK_MLFLOW)
+    assert home is None
 
 
 def test_where_the_store_does_not_tell_the_time_the_server_of_mlflow_does(here, monkeypatch):

@@ -203,18 +203,23 @@ def test_killed_it_goes_on_and_gives_the_same(here, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mkv", "out.mkv", "whole.mkv"]
 
 
-def test_a_clip_shorter_than_windows_that_are_longer_than_a_tile_is_restored_as_with_longer_tiles(here, tmp_path):
-    write_video(tmp_path / "in.mkv", moving(4), codec="ffv1")
-    here.edit(network__img_size=[16, 48, 48], evaluate__tile=[16, 40, 40])
+def test_of_a_clip_shorter_than_windows_that_are_longer_than_a_tile_each_tile_gets_its_frames(here, tmp_path, monkeypatch):
+    frames, seen = moving(4, 24, 32), []
+    write_video(tmp_path / "in.mkv", frames, codec="ffv1")
+    real = VRT.forward
+    monkeypatch.setattr(VRT, "forward", lambda self, clip: seen.append(clip) or real(self, clip))
+    here.edit(network__img_size=[16, 48, 48], evaluate__tile=[12, 40, 40])
     try:
         write_weights(here)
-        assert restore(tmp_path / "in.mkv", tmp_path / "expected.mkv") == 0
-        here.edit(evaluate__tile=[12, 40, 40])
         assert restore(tmp_path / "in.mkv", tmp_path / "out.mkv", preview=True) == 0
     finally:
         here.edit(network__img_size=[6, 48, 48], evaluate__tile=[3, 40, 40])
         write_weights(here)
     assert len(decoded(tmp_path / "out.mkv")) == len(decoded(tmp_path / "out-preview.mkv")) == 4
+    # There and back again, with each end twice.
+    whole = torch.from_numpy(np.concatenate([frames, frames[::-1]] * 2)).permute(0, 3, 1, 2).float() / 255
+    assert [clip.shape[1] for clip in seen] == [12, 12]
+    assert torch.equal(seen[0][0], whole[:12]) and torch.equal(seen[1][0], whole[4:])
 
 
 def test_what_another_process_restores_into_is_left_to_it_and_a_note_cut_off_is_no_note(here, tmp_path, caplog):
@@ -223,9 +228,9 @@ def test_what_another_process_restores_into_is_left_to_it_and_a_note_cut_off_is_
     with alone_in(work), pytest.raises(DataError) as error:
         restore(tmp_path / "in.mkv", tmp_path / "out.mkv")
     assert str(error.value) == f"{work}: another process is restoring into it; wait for that, or choose another name for the output"
-    assert not list(work.iterdir())
+    assert not work.exists()
+    (work / "restored").mkdir(parents=True)
     (work / "plan.json").write_text("")
-    (work / "restored").mkdir()
     assert restore(tmp_path / "in.mkv", tmp_path / "out.mkv") == 0
     assert not work.exists()
 

@@ -40,6 +40,10 @@ SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_LET_GO = 10.0
 
 
+A_DATE = 1e9
+"""More seconds than a machine is ever up for: claims of before 2026-11-29 have the time of day at which the process was started."""
+
+
 class Notes(Protocol):
     """Small texts by name, where every trainer of a lineage can see them."""
 
@@ -118,6 +122,8 @@ def is_gone(claim: Claim, place: str, born_of: Callable[[int], float | None]) ->
     if claim.place != place:
         return None
     born = born_of(claim.pid)
+    if born is not None and (born > A_DATE) != (claim.born > A_DATE):
+        return None
     return born != claim.born
 
 
@@ -264,7 +270,7 @@ def _born(pid: int) -> float | None:
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else _since_boot(process)
-    except psutil.Error:
+    except (psutil.Error, ProcessLookupError):
         return None
 
 

@@ -13,7 +13,7 @@ from vrt.checkpoint.errors import CheckpointError, LeaseLost, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import FileEntry, Manifest, problems_of
 from vrt.checkpoint.store import Store
-from vrt.lifecycle import abandon
+from vrt.lifecycle import wait_for
 from vrt.observe import log
 
 SECONDS_BETWEEN_SENDS = 2.0
@@ -136,13 +136,7 @@ class Publisher:
         with self._changed:
             self._finishing = True
             self._changed.notify()
-        ends, hurried = time.monotonic() + seconds, False
-        while self._thread.is_alive() and time.monotonic() < ends:
-            self._thread.join(0.2)
-            if hurry() and not hurried:
-                hurried, ends = True, min(ends, time.monotonic() + SECONDS_IN_A_HURRY)
-        if self._thread.is_alive():
-            abandon(self._thread)
+        wait_for(self._thread, seconds, hurry, SECONDS_IN_A_HURRY)
         with self._changed:
             missing = [*self._refused_rows, *(f"step {step}: {reason}" for step, reason in self._refused.items())]
             missing += [f"step {manifest.step}: {self._trouble or 'not published in time'}" for manifest in self._waiting]

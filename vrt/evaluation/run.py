@@ -16,7 +16,7 @@ from vrt.evaluation.between import Interpolating, group
 from vrt.evaluation.measuring import ClipResult, Measuring, Scores
 from vrt.evaluation.metrics import Quality
 from vrt.evaluation.pictures import Triple
-from vrt.evaluation.tiling import AnySize, Size, restore_stream, tile_count
+from vrt.evaluation.tiling import AnySize, Size, Tiling, tile_count
 from vrt.observe import progress
 from vrt.params import Between, Params
 
@@ -59,19 +59,19 @@ def evaluate(network: nn.Module, data: PreparedData, params: Params, split: str,
 
     Uses `params.evaluate` for tiles and `params.network.upscale`. Draws nothing at random and leaves the network as it was.
 
-    Raises ValueError if there is no clip, or the network returns NaN, infinity or another size than the truth.
+    Raises ValueError if there is no clip, or the network returns NaN, infinity or another size than the truth; TooLittleMemory where not even
+    the smallest tile fits.
     """
     clips = [EvaluatedClip(data, params, clip) for clip in _chosen_clips(data, split, limit)]
     tile, overlap, upscale = params.evaluate.tile, params.evaluate.overlap, params.network.upscale
     rows: list[ClipResult] = []
     applied = AnySize(Interpolating(network, params.network.img_size[0]) if _interpolates(params) else network, upscale)
+    tiling = Tiling(applied, tile, overlap, upscale)
     with progress(f"evaluate {split}", sum(tile_count(_input_size(clip, params), tile, overlap) for clip in clips), "tiles") as bar:
         for clip in clips:
             given = _Given(clip, params)
             measuring = Measuring(clip.name, clip.count, keep_middle=not rows, centre_only=params.evaluate.measured == "centre")
-            pieces = restore_stream(
-                applied, given.read, _input_size(clip, params), tile, overlap, upscale, progress=lambda name=clip.name: bar.advance(clip=name)
-            )
+            pieces = tiling.stream(given.read, _input_size(clip, params), progress=lambda name=clip.name: bar.advance(clip=name))
             for first, piece in pieces:
                 restored = piece[0, : max(0, clip.count - first)]
                 measuring.add(first, *given.pairs(first, len(restored)), restored)

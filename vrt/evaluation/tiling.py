@@ -5,7 +5,7 @@ Axes: B batch, D frames, C channels, H height, W width; lower-case h, w are thos
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,8 +31,8 @@ def restore(network: nn.Module, degraded: Tensor, tile: Size, overlap: Size, ups
     machines, and not all have the coarser products. The modes (training or evaluation) of the network and its parts are as before
     afterwards. `progress` is called once per tile.
 
-    Raises ValueError if the overlap does not leave a tile room to advance, memory does not hold the smallest tile, or the network
-    returns another shape than expected.
+    Raises ValueError if the overlap does not leave a tile room to advance, or the network returns another shape than expected, and
+    TooLittleMemory.
     """
     frames, height, width = degraded.shape[1], *degraded.shape[-2:]
     restored = torch.empty(len(degraded), frames, 3, height * upscale, width * upscale)
@@ -52,71 +52,84 @@ def restore_stream(
     first: int = 0,
     progress: Callable[[], object] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Restore a clip of `size` that may be longer than memory: yields (number of its first frame, (B, d, 3, H, W)) for each piece, in order.
-
-    `read(start, stop)` gives the input's frames, (B, stop - start, C, h, w); it is asked in order, for frames that overlap by what tiles share.
-    Begins at frame `first`. The pieces are those of `restore`, to the bit, wherever it begins, with tiles of the same size.
-    Raises ValueError where tiles would share as much as they are long, or less than nothing, and where memory does not hold the smallest.
-    """
-    if any(o >= t or o < 0 for o, t in zip(overlap, tile)):
-        raise ValueError(f"overlap: expected 0 or more and less than the tile {tuple(tile)}, found {tuple(overlap)}; lower evaluate.overlap")
-    spans = tile_spans(size[0], tile[0], overlap[0])
-    ramps = blend_weights(spans, overlap[0], 1)
-    area = Area(network, tile[1:], overlap[1:], upscale)
-    waiting: Tensor | None = None
-    begins = 0
-    for number, ((start, stop), ramp) in enumerate(zip(spans, ramps)):
-        if stop <= first:
-            continue
-        piece = area.restore(read(start, stop), progress) * ramp.view(-1, 1, 1, 1)
-        # Frames before `start` are done, those from there on may get more from this tile.
-        if waiting is None:
-            waiting, begins = piece, start
-        else:
-            shared = begins + waiting.shape[1] - start
-            waiting = torch.cat([waiting[:, : start - begins], waiting[:, start - begins :] + piece[:, :shared], piece[:, shared:]], dim=1)
-        done = spans[number + 1][0] if number + 1 < len(spans) else stop
-        ready = waiting[:, max(0, first - begins) : done - begins]
-        if ready.shape[1]:
-            yield max(first, begins), ready
-        waiting, begins = waiting[:, done - begins :], done
+    """Restore one clip that may be longer than memory: `Tiling.stream`."""
+    return Tiling(network, tile, overlap, upscale).stream(read, size, first, progress)
 
 
-class Area:
-    """Restores frames that go into the network at once, tile by tile over their area; tiles stay smaller once memory was too little."""
+class TooLittleMemory(RuntimeError):
+    """The device does not hold even the smallest tile; what else takes its memory may go away."""
 
-    def __init__(self, network: nn.Module, tile: tuple[int, int], overlap: tuple[int, int], upscale: int):
-        self._network, self._upscale = network, upscale
-        self._tile, self._overlap = self._planned = tile, overlap
 
-    def restore(self, degraded: Tensor, progress: Callable[[], object] | None) -> Tensor:
-        """(B, d, C, h, w) -> (B, d, 3, h * upscale, w * upscale). Calls `progress` for each tile that was planned, however many it takes."""
+class Tiling:
+    """Restores clips with one network, tile by tile. Where memory is too little for a tile they become smaller, and stay so."""
+
+    def __init__(self, network: nn.Module, tile: Size, overlap: Size, upscale: int):
+        """Raises ValueError where tiles would share as much as they are long, or less than nothing."""
+        if any(o >= t or o < 0 for o, t in zip(overlap, tile)):
+            raise ValueError(f"overlap: expected 0 or more and less than the tile {tuple(tile)}, found {tuple(overlap)}; lower evaluate.overlap")
+        self._network, self._planned, self._upscale = network, (tile, overlap), upscale
+        self._sides, self._overlap = tuple(tile[1:]), tuple(overlap[1:])
+
+    def stream(
+        self, read: Callable[[int, int], Tensor], size: Size, first: int = 0, progress: Callable[[], object] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Restore a clip of `size`: yields (number of its first frame, (B, d, 3, H, W)) for each piece, in order.
+
+        `read(start, stop)` gives the input's frames, (B, stop - start, C, h, w); it is asked in order, for frames that overlap by what tiles share.
+        Begins at frame `first`. The pieces are those of `restore`, to the bit, wherever it begins, with tiles of the same size. `progress` is
+        called for each tile that was planned, however many it takes. Raises TooLittleMemory.
+        """
+        (frames, *_), (shared_frames, *_) = self._planned
+        spans = tile_spans(size[0], frames, shared_frames)
+        ramps = blend_weights(spans, shared_frames, 1)
+        waiting: Tensor | None = None
+        begins = 0
+        for number, ((start, stop), ramp) in enumerate(zip(spans, ramps)):
+            if stop <= first:
+                continue
+            piece = self._restored(read(start, stop), progress) * ramp.view(-1, 1, 1, 1)
+            # Frames before `start` are done, those from there on may get more from this tile.
+            if waiting is None:
+                waiting, begins = piece, start
+            else:
+                shared = begins + waiting.shape[1] - start
+                waiting = torch.cat([waiting[:, : start - begins], waiting[:, start - begins :] + piece[:, :shared], piece[:, shared:]], dim=1)
+            done = spans[number + 1][0] if number + 1 < len(spans) else stop
+            ready = waiting[:, max(0, first - begins) : done - begins]
+            if ready.shape[1]:
+                yield max(first, begins), ready
+            waiting, begins = waiting[:, done - begins :], done
+
+    def _restored(self, degraded: Tensor, progress: Callable[[], object] | None) -> Tensor:
+        """Frames that go into the network at once: (B, d, C, h, w) -> (B, d, 3, h * upscale, w * upscale)."""
         frames, *sides = degraded.shape[1], *degraded.shape[-2:]
-        tile, overlap = self._planned
-        left = iter(range(tile_count((1, *sides), (1, *tile), (0, *overlap))))
+        left = iter(range(tile_count((1, *sides), *self._planned)))
         while True:
             try:
                 restored = self._with_tiles(degraded, lambda: progress() if progress and next(left, None) is not None else None)
             except torch.OutOfMemoryError as error:
-                tried = tuple(min(t, side) for t, side in zip(self._tile, sides))
-                if max(tried) <= SMALLEST_TILE:
-                    raise ValueError(
-                        f"the device's memory does not hold a tile of {frames} frames of {tried[0]} x {tried[1]} pixels ({error}); "
-                        "lower the first number of evaluate.tile, or end what else takes memory"
-                    ) from error
-                self._tile = tuple(min(t, max(SMALLEST_TILE, t // 2)) for t in tried)
-                self._overlap = tuple(min(o, t // 2) for o, t in zip(self._overlap, self._tile))
-                logging.getLogger("vrt").warning("the device has too little memory for a tile: going on with tiles of %d x %d pixels", *self._tile)
+                self._take_less(frames, sides, error)
                 continue
             for _ in left:
                 if progress:
                     progress()
             return restored
 
+    def _take_less(self, frames: int, sides: Sequence[int], error: torch.OutOfMemoryError) -> None:
+        tried = tuple(min(tile, side) for tile, side in zip(self._sides, sides))
+        if max(tried) <= SMALLEST_TILE:
+            raise TooLittleMemory(
+                f"the device's memory does not hold a tile of {frames} frames of {tried[0]} x {tried[1]} pixels ({error}); "
+                "lower the first number of evaluate.tile, or end what else takes memory"
+            ) from error
+        self._sides = tuple(min(side, max(SMALLEST_TILE, side // 2)) for side in tried)
+        self._overlap = tuple(min(o, side // 2) for o, side in zip(self._overlap, self._sides))
+        logging.getLogger("vrt").warning("the device has too little memory for a tile: going on with tiles of %d x %d pixels", *self._sides)
+
     def _with_tiles(self, degraded: Tensor, progress: Callable[[], object]) -> Tensor:
         batch, frames, _, height, width = degraded.shape
         upscale = self._upscale
-        spans = [tile_spans(*axis) for axis in zip((height, width), self._tile, self._overlap)]
+        spans = [tile_spans(*axis) for axis in zip((height, width), self._sides, self._overlap)]
         ramps = [blend_weights(axis, o * upscale, upscale) for axis, o in zip(spans, self._overlap)]
         restored = torch.zeros(batch, frames, 3, height * upscale, width * upscale)
         places = list(itertools.product(*(range(len(axis)) for axis in spans)))

@@ -101,7 +101,7 @@ def mlflow(params: Params) -> tuple[Finding, str | None]:
     try:
         home = Curator(lineage_named(f"{params.name}-0")).home()
     except StoreRefuses as error:
-        return Finding("MLflow", "wrong", str(error), CHECK_MLFLOW), None
+        return Finding("MLflow", "wrong", str(error).removesuffix(f"; {CHECK_MLFLOW}"), CHECK_MLFLOW), None
     except StoreUnavailable as error:
         return Finding("MLflow", "unavailable", str(error), "`vrt services up`, or set MLFLOW_TRACKING_URI"), None
     except CheckpointError as error:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +59,7 @@ def run_restore(source_path: Path, target_path: Path, checkpoint: str, params_pa
     shown_path = preview_path(target_path)
     # A preview beside unfinished work is its own, finished just before it was interrupted.
     for path in [target_path] + ([shown_path] if preview and not work.exists() else []):
-        if path.exists():
-            raise DataError(f"{path}: expected a new file or folder, found an existing one; choose another name or move it away")
+        check_new(path)
     source = open_source(source_path)
     chosen = choose(checkpoint, params_path)
     level, doubled = noise_level(chosen, sigma), isinstance(chosen.params.degradation, Between)
@@ -72,6 +71,8 @@ def run_restore(source_path: Path, target_path: Path, checkpoint: str, params_pa
     plan = {"source": source.digest, "weights": chosen.sha256, "tile": list(chosen.params.evaluate.tile), "sigma": sigma, "preview": preview}
     chosen.network.to("cuda" if torch.cuda.is_available() else "cpu")
     with alone_in(work), StopRequest() as stop:
+        # Another process may have made it since.
+        check_new(target_path)
         begin(work, outputs, plan)
         if not restore_into(outputs, source, chosen, level, lambda: stop.reason is not None):
             log.warning("%s: %d frames are made; run the same again to go on", stop.reason, outputs.kept())
@@ -83,6 +84,12 @@ def run_restore(source_path: Path, target_path: Path, checkpoint: str, params_pa
     made = f"{source.count} frames of {source_path} {'doubled' if doubled else 'restored'}"
     log.info("%s with %s: %s", made, chosen.name, ", ".join(str(output.path) for output in outputs.each()))
     return EXIT_DONE
+
+
+def check_new(path: Path) -> None:
+    """Raises DataError where there is something already."""
+    if path.exists():
+        raise DataError(f"{path}: expected a new file or folder, found an existing one; choose another name or move it away")
 
 
 def preview_path(target_path: Path) -> Path:
@@ -104,15 +111,29 @@ def noise_level(chosen: Chosen, sigma: float | None) -> float | None:
 @contextmanager
 def alone_in(work: Path) -> Iterator[None]:
     """Have a folder that no other process makes anything in. Raises DataError where one does."""
-    work.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = _locked(work)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{work}: another process is restoring into it; wait for that, or choose another name for the output") from None
         yield
     finally:
+        with suppress(OSError):
+            # If it is empty: there is nothing in it to go on from.
+            work.rmdir()
+        os.close(descriptor)
+
+
+def _locked(work: Path) -> int:
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who had it may have finished and removed it in between.
+            if work.exists() and os.path.samestat(os.fstat(descriptor), os.stat(work)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            told = "another process is restoring into it; wait for that, or choose another name for the output"
+            raise DataError(f"{work}: {told}") from None
         os.close(descriptor)
 
 
@@ -132,7 +153,7 @@ def begin(work: Path, outputs: Outputs, plan: dict) -> None:
 def restore_into(outputs: Outputs, source: Source, chosen: Chosen, level: float | None, stop: Callable[[], bool]) -> bool:
     """Make what is not kept yet, piece by piece. False: told to stop; what is done is kept.
 
-    Raises ValueError where the device's memory does not hold the smallest tile.
+    Raises TooLittleMemory where the device does not hold the smallest tile.
     """
     doubled = isinstance(chosen.params.degradation, Between)
     total, done = 2 * source.count - 1 if doubled else source.count, outputs.kept()

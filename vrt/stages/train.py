@@ -33,12 +33,12 @@ from vrt.machine import MachineUse
 from vrt.model.block import compile_blocks
 from vrt.model.precision import computing
 from vrt.observe import log
-from vrt.params import Params, changes, fingerprint, flatten, load_params, with_resume
+from vrt.params import Params, fingerprint, flatten, load_params, with_resume
 from vrt.stages import CHECKPOINTS, PREPARED
 from vrt.stages.lineage import lineage_of, origin_here
 from vrt.stages.predictor import predictor_files
 from vrt.stages.provenance import code_digest, code_version, collect, folder_of
-from vrt.stages.result import leave_result
+from vrt.stages.result import changed_meanwhile, leave_result
 from vrt.stages.run_page import about_checkpoints, run_page
 from vrt.stages.start import refuse_surprise, resume
 from vrt.status import STATUS, StatusFile, TrainingStatus
@@ -169,9 +169,7 @@ def lead(training: Training, started: float) -> int:
             return EXIT_FAILED if done and stop.reason is None else EXIT_CONTINUE_ME
         if not done:
             return EXIT_CONTINUE_ME
-        if changed := changes(training.params_path, training.written, Params.model_fields):
-            # DVC reads the file when a stage has ended: it would take this result for one of params that it does not know.
-            log.warning("%s changed while this trained; start it again, and it goes on by: %s", training.params_path, "; ".join(changed))
+        if changed_meanwhile(training.params_path, training.written, lineage):
             return EXIT_CONTINUE_ME
         leave_result(keeper.folder, state.step, state.history)
         log.info("step %d of %s trained and registered; browse it at %s", state.step, lineage.id, keeper.registry.page)
@@ -282,9 +280,9 @@ def conclude(keeper: Keeper, status: str, hurry: Callable[[], bool]) -> bool:
         # The run is its successor's now.
         return False
     try:
-        patience = SECONDS_TO_CLOSE if hurry() else SECONDS_TO_PUBLISH
-        if not within(patience, lambda: keeper.registry.close("FAILED" if missing and status == "FINISHED" else status)):
-            log.error("the run's status could not be set: MLflow gave no answer within %.0f s", patience)
+        told = "FAILED" if missing and status == "FINISHED" else status
+        if not within(SECONDS_TO_PUBLISH, lambda: keeper.registry.close(told), hurry, SECONDS_TO_CLOSE):
+            log.error("the run's status could not be set: MLflow gave no answer in time")
             return False
     except Exception as error:
         # Whatever MLflow says to it, the checkpoints are registered or listed above.
