@@ -37,6 +37,12 @@ BY_ANOTHER_TEST = {
         '"from pipelines.train import train; train(retry_pause=0)"',
         'sys.executable, "-c", script',
     ),
+    "prefect work-pool update NAME --base-job-template deploy/kubernetes-pool.json": (
+        "tests/pipelines/test_pools.py",
+        '(("update", name), f"Updated work pool \'{name}\'")',
+        '"prefect", "work-pool", *words, "--base-job-template", path_of(kind)',
+        'PROJECT / "deploy" / f"{kind}-pool.json"',
+    ),
     "rclone copy BUCKET:mlflow/1/RUN/artifacts/checkpoints/00004000 checkpoints/NAME-FINGERPRINT": (
         "tests/test_topology.py",
         'topology.ask("rclone", "copy", "--config", "/dev/null", f"{bucket}/{Path(max(found)).parent}", str(checkpoints))',
@@ -48,7 +54,7 @@ BY_ANOTHER_TEST = {
 # What such a test has values of its own for.
 VALUES = {
     *("/backups/vrt", "HOST:PORT", "10.0.0.1:29500", "python"),
-    *("BUCKET:mlflow/1/RUN/artifacts/checkpoints/00004000", "checkpoints/NAME-FINGERPRINT"),
+    *("BUCKET:mlflow/1/RUN/artifacts/checkpoints/00004000", "checkpoints/NAME-FINGERPRINT", "NAME", "deploy/kubernetes-pool.json"),
 }
 NO_ENGINE = "needs a container engine; tests/test_container.py and tests/test_topology.py run what it would"
 NO_CLUSTER = "needs a cluster; tests/pipelines/test_pools.py makes its jobs"
@@ -73,6 +79,7 @@ BY_NO_TEST = {
     "--volume vrt-checkpoints:/srv/vrt/checkpoints --volume $PWD/params.yaml:/srv/vrt/params.yaml vrt vrt train": NO_ENGINE,
     "docker inspect": NO_ENGINE,
     "docker stop": NO_ENGINE,
+    "docker stop -t 180": NO_ENGINE,
     "echo $MLFLOW_TRACKING_URI": "the shell's own",
     "git pull": "git's own",
     "kubectl apply --filename deploy/kubernetes-rights.yaml": NO_CLUSTER,

@@ -76,11 +76,13 @@ def container(configured) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prefects_server_makes_a_pool_of_it(kind: str, services):
-    command = [sys.executable, "-m", "prefect", "work-pool", "create", f"{kind}-{os.getpid()}", "--type", kind, "--base-job-template", path_of(kind)]
-    ended = subprocess.run(command, env={**os.environ, **services}, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "Created work pool" in ended.stdout
+def test_prefects_server_makes_a_pool_of_it_and_an_older_one_takes_it(kind: str, services):
+    name = f"{kind}-{os.getpid()}"
+    for words, said in ((("create", name, "--type", kind), "Created work pool"), (("update", name), f"Updated work pool '{name}'")):
+        command = [sys.executable, "-m", "prefect", "work-pool", *words, "--base-job-template", path_of(kind)]
+        ended = subprocess.run(command, env={**os.environ, **services}, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert said in ended.stdout
 
 
 @pytest.mark.parametrize("kind", KINDS)
