@@ -70,8 +70,10 @@ def _locate(model: type[Section], location: tuple) -> tuple[list[str], list[str]
     here: Any = model
     allowed: list[str] = []
     for part in location:
-        if get_origin(here) is UnionType:
-            here = next(kind for kind in get_args(here) if part in get_args(kind.model_fields["kind"].annotation))
+        # Not by the origin alone: from Python 3.14 on, `int | Literal["auto"]` has the same.
+        kinds = [kind for kind in get_args(here) if isinstance(kind, type) and issubclass(kind, Section)]
+        if get_origin(here) is UnionType and kinds:
+            here = next(kind for kind in kinds if part in get_args(kind.model_fields["kind"].annotation))
             continue
         path.append(str(part))
         if isinstance(here, type) and issubclass(here, Section):
