@@ -8,12 +8,23 @@ what=${2:-nothing}
 folder=$(cd "$folder" && pwd)
 case $what in
 mlflow | prefect)
+    docker compose exec -T postgres pg_restore --list <"$folder/$what.dump" >/dev/null || {
+        echo "$folder/$what.dump: expected a dump that pg_restore can read; nothing was changed. Older ones are in $folder/replaced" >&2
+        exit 2
+    }
     docker compose stop worker "$what"
+    # Beside the one that is there, which goes only when the other is whole.
+    docker compose exec -T postgres dropdb --username postgres --if-exists --force "restored_$what"
+    docker compose exec -T postgres createdb --username postgres "restored_$what"
+    docker compose exec -T postgres pg_restore --username postgres --exit-on-error --dbname "restored_$what" <"$folder/$what.dump"
     docker compose exec -T postgres dropdb --username postgres --if-exists --force "$what"
-    docker compose exec -T postgres createdb --username postgres "$what"
-    docker compose exec -T postgres pg_restore --username postgres --exit-on-error --dbname "$what" <"$folder/$what.dump"
+    docker compose exec -T postgres psql --username postgres --quiet --command "ALTER DATABASE restored_$what RENAME TO $what"
     ;;
 bucket)
+    [ -n "$(find "$folder/s3" -type f | head -n 1)" ] || {
+        echo "$folder/s3: expected the copy of a store, found no object in it; nothing was changed. What was deleted is in $folder/replaced" >&2
+        exit 2
+    }
     # rclone remembers what its folders held.
     docker compose stop worker s3
     # Not sync, which would delete what is newer than the backup.

@@ -105,11 +105,22 @@ def test_a_backup_brings_back_a_lost_registry_and_a_lost_bucket_and_trainings_go
     # The bucket and the machine that trained are lost, the registry is not: it names a step of which nothing is left.
     topology.ask("sh", "-c", "rm -r /srv/s3/*")
     shutil.rmtree(workspace.root / "checkpoints")
+    # The next backup of every night must not take over what was lost.
+    again = topology.run_script("deploy/backup.sh", str(backup))
+    assert again.returncode == 1 and "the store is empty and its copy in " in again.stdout, again.stdout
     restored = topology.run_script("deploy/restore.sh", str(backup), "bucket")
     assert restored.returncode == 0, restored.stdout
     continued = train(topology, workspace, 24)
     assert "continuing after step 12 of 24" in continued, continued
     assert_same_files(uninterrupted, workspace)
+
+    # What a backup would replace or delete of the one before is kept beside it.
+    (lost,) = (path for path in backup.glob("s3/mlflow/**/24_manifest.json"))
+    topology.ask("sh", "-c", f"rm /srv/{lost.relative_to(backup)}")
+    again = topology.run_script("deploy/backup.sh", str(backup))
+    assert again.returncode == 0 and not lost.exists(), again.stdout
+    kept = {path.name for path in backup.glob("replaced/*/**/*") if path.is_file()}
+    assert {"mlflow.dump", "prefect.dump", "24_manifest.json"} <= kept
 
 
 def test_a_registry_that_is_lost_without_a_backup_is_made_anew_from_the_bucket(topology, workspace, uninterrupted):
@@ -174,5 +185,13 @@ def test_a_restore_of_nothing_that_is_known_says_what_there_is(topology):
     wrong = topology.run_script("deploy/restore.sh", str(topology.folder), "mlflow")
     assert wrong.returncode == 2 and "expected a folder that deploy/backup.sh made, found no mlflow.dump in it" in wrong.stdout
     (topology.folder / "mlflow.dump").touch()
+    (topology.folder / "s3").mkdir(exist_ok=True)
+    for what, said in (
+        ("mlflow", "mlflow.dump: expected a dump that pg_restore can read; nothing was changed"),
+        ("prefect", "prefect.dump: expected a dump that pg_restore can read; nothing was changed"),
+        ("bucket", "s3: expected the copy of a store, found no object in it; nothing was changed"),
+    ):
+        wrong = topology.run_script("deploy/restore.sh", str(topology.folder), what)
+        assert wrong.returncode == 2 and said in wrong.stdout, wrong.stdout
     wrong = topology.run_script("deploy/restore.sh", str(topology.folder), "everything")
     assert wrong.returncode == 2 and "expected mlflow, prefect or bucket, found everything" in wrong.stdout
