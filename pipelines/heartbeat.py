@@ -12,23 +12,31 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 
 NAME = "vrt: runs without a heartbeat are crashed"
 SILENCE = timedelta(seconds=90)
-_ENDS = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+# Of a run that has ended, or waits to be started, nothing is heard either: a pod that was told to end leaves its run in AwaitingRetry.
+_SILENT = {
+    f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "AwaitingRetry", "Scheduled", "Paused", "Suspended")
+}
 
 
 def ensure() -> None:
-    """Create the automation, unless the server has it."""
+    """Create the automation, unless the server has it; bring one of before up to date."""
+    wanted = automation()
     try:
-        Automation.read(name=NAME)
+        found = Automation.read(name=NAME)
     except ValueError:
-        automation().create()
+        wanted.create()
+        return
+    if found.trigger.expect != wanted.trigger.expect:
+        wanted.id = found.id
+        wanted.update()
 
 
 def automation() -> Automation:
-    """A run that beat once and is silent for SILENCE, and has not ended, is set to Crashed."""
+    """A run that beat once and is silent for SILENCE, and has neither ended nor waits to be started, is set to Crashed."""
     beat = "prefect.flow-run.heartbeat"
     trigger = EventTrigger(
         after={beat},
-        expect={beat, *_ENDS},
+        expect={beat, *_SILENT},
         match={"prefect.resource.id": "prefect.flow-run.*"},
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,

@@ -29,7 +29,7 @@ def promote(
         dry_run: Only say what would be done.
     """
     logger = get_run_logger()
-    chosen = ["--checkpoint", checkpoint, "--metric", metric, "--least-gain", str(least_gain)]
+    chosen = ["--checkpoint", checkpoint, "--metric", metric, f"--least-gain={least_gain}"]
     chosen += [*(["--dataset", dataset] if dataset else []), *(["--dry-run"] if dry_run else [])]
     ended = run(["vrt", "promote", *chosen], logger, answers=True)
     if ended.code not in (EXIT_DONE, EXIT_NOT_BETTER):

@@ -47,6 +47,21 @@ def kill_9(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=30)
 
 
+def test_no_page_of_another_site_starts_runs_in_prefect_through_a_browser(local_services):
+    address = local_services.endpoints.prefect
+    own = address.removesuffix("/api")
+    by_name = own.replace("127.0.0.1", "localhost")
+    for origin, allowed in ((own, own), (by_name, by_name), ("https://elsewhere.example", None)):
+        asks = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        request = urllib.request.Request(f"{address}/deployments/filter", headers=asks, method="OPTIONS")
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                told = answer.headers.get("Access-Control-Allow-Origin")
+        except urllib.error.HTTPError as refused:
+            told = refused.headers.get("Access-Control-Allow-Origin")
+        assert told == allowed, origin
+
+
 @pytest.mark.long
 def test_what_was_stored_survives_kill_9_of_everything(full_home):
     first = services.up(full_home)

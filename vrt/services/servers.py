@@ -146,6 +146,8 @@ def _prefect(folder: Path, state: State, environ: dict[str, str]) -> Server:
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{data / 'prefect.db'}",
         # Else its pages ask port 4200, wherever they come from.
         "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
+        # Else it takes runs, and the commands in them, from the page of any site that is open in a browser here.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port},http://localhost:{port}",
     }
     return Server("prefect", port, data, _log(folder, "prefect"), command, environ | settings, health="/api/health", healthy=200)
 
