@@ -53,6 +53,27 @@ def test_without_git_the_version_is_that_of_the_image_or_unknown(monkeypatch):
     assert provenance.code_here() == {"version": "image 7"}
 
 
+def test_changes_are_recorded_so_that_they_can_be_applied_whatever_the_users_settings(tmp_path, monkeypatch):
+    repository, settings = tmp_path / "code", tmp_path / "gitconfig"
+    (repository / "inner").mkdir(parents=True)
+    for name in ("inner/a.py", "b.py"):
+        (repository / name).write_text("before\n")
+    git(repository, "init", "--quiet")
+    git(repository, "add", ".")
+    git(repository, "commit", "--quiet", "--message", "one")
+    settings.write_text("[diff]\n\tnoprefix = true\n\trelative = true\n\texternal = /bin/false\n[color]\n\tui = always\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings))
+    for name in ("inner/a.py", "b.py"):
+        (repository / name).write_text("after\n")
+    # As in a package below the repository.
+    monkeypatch.setattr(provenance, "__file__", str(repository / "inner" / "provenance.py"))
+    monkeypatch.chdir(tmp_path)
+    changes = provenance.collect(tmp_path / "params.yaml")[provenance.CHANGES]
+    git(repository, "checkout", "--quiet", ".")
+    subprocess.run(["git", "apply", "--index", "-"], cwd=repository, check=True, input=changes)
+    assert [(repository / name).read_text() for name in ("inner/a.py", "b.py")] == ["after\n"] * 2
+
+
 def git(folder, *arguments: str) -> str:
     command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
     return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout

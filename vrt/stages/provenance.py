@@ -33,7 +33,10 @@ def collect(params: Path) -> dict[str, bytes]:
         log.warning("without git the run records params, environment and data, but not the commit or the changes of the code (%s)", code["version"])
     files = {CODE: json.dumps(code, indent=1).encode(), ENVIRONMENT: json.dumps(environment(), indent=1).encode()}
     if code.get("changed"):
-        changes = _git("diff", "HEAD", "--binary").encode(errors="surrogateescape")
+        # As `git apply` wants it, whatever the user's settings make of a diff that people look at.
+        plain = ("-c", "diff.noprefix=false", "-c", "diff.mnemonicPrefix=false", "-c", "core.quotePath=true")
+        whole = ("--no-ext-diff", "--no-textconv", "--no-color", "--no-relative", "--binary", "--full-index")
+        changes = _git(*plain, "diff", *whole, "HEAD").encode(errors="surrogateescape")
         if len(changes) <= LARGEST_DIFF:
             files[CHANGES] = changes
         else:

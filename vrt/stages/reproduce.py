@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from vrt.checkpoint.errors import CheckpointError
     from vrt.observe import log
     from vrt.services import load_environment
+    from vrt.services.state import find_home
 
     os.environ.update(load_environment())
     lineage, recorded = provenance_of(args.training, args.attempt)
@@ -43,7 +44,10 @@ def run(args: argparse.Namespace) -> int:
     show(lineage, recorded)
     for line in lacking:
         log.warning("not as it was: %s", line)
-    log.info("go on in it: cd %s && dvc repro (it continues %s from its newest registered step, or finds everything done)", target, lineage)
+    home = find_home(os.environ, Path.cwd())
+    # Elsewhere than below the folder that has the services, they would not be found, and others be started.
+    where = f"VRT_HOME={home} " if home.exists() and find_home(os.environ, target.resolve()) != home else ""
+    log.info("go on in it: cd %s && %sdvc repro (it continues %s from its newest registered step, or finds everything done)", target, where, lineage)
     return EXIT_DONE
 
 
