@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vrt.checkpoint.errors import CheckpointError
-from vrt.checkpoint.weights import Weights, read_weights, write_weights
+from vrt.checkpoint.weights import TRAINED, Weights, read_weights, write_weights
 
 TENSORS = {
     "z.weight": torch.randn(3, 4),
@@ -41,6 +41,13 @@ def test_there_and_back_loses_nothing(nesting: str, tmp_path: Path):
 def test_the_averaged_weights_are_taken_where_a_file_has_both(tmp_path: Path):
     torch.save({"params": {"w": torch.zeros(1)}, "params_ema": {"w": torch.ones(1)}}, tmp_path / "both.pth")
     assert read_weights(tmp_path / "both.pth").tensors["w"].item() == 1
+
+
+def test_those_that_are_trained_on_are_taken_where_they_are_asked_for(tmp_path: Path):
+    torch.save({"params": {"w": torch.zeros(1)}, "params_ema": {"w": torch.ones(1)}}, tmp_path / "both.pth")
+    torch.save({"params_ema": {"w": torch.ones(1)}}, tmp_path / "one.pth")
+    found = [read_weights(tmp_path / name, TRAINED) for name in ("both.pth", "one.pth")]
+    assert [(weights.nesting, weights.tensors["w"].item()) for weights in found] == [("params", 0), ("params_ema", 1)]
 
 
 def test_safetensors_of_others_are_read_too(tmp_path: Path):

@@ -78,6 +78,17 @@ def test_the_quickstart_has_the_clips_its_recipe_needs(quickstart: PreparedData)
     quickstart.verify()
 
 
+def test_data_that_are_prepared_anew_under_a_reader_are_refused_by_it(few: Path, images: Path, tmp_path: Path):
+    data = prepare(few, tmp_path / "data")
+    (clip, *_) = data.clips("train")
+    data.read_whole(clip)
+    text = (few / "dataset.yaml").read_text()
+    (few / "dataset.yaml").write_text(re.sub(r"seed: (\d+)", r"seed: 1\1", text))
+    prepare(few, tmp_path / "data")
+    with pytest.raises(DataError, match="the file has changed"):
+        data.read_whole(clip)
+
+
 def test_prepared_twice_is_byte_identical(few: Path, tmp_path: Path):
     one = prepare(few, tmp_path / "one")
     two = prepare(few, tmp_path / "two")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vrt.data.clips import SPLITS, DataError, PreparedData
 from vrt.data.importing import import_dataset
-from vrt.data.layouts import source_clips
+from vrt.data.layouts import _clips_below, source_clips
 from vrt.data.meta_info import read_meta_info
 from vrt.data.prepare import prepare
 from vrt.data.sources import _meta_info
@@ -84,6 +84,21 @@ def test_reds_and_vimeo_as_kair_packs_them(tmp_path: Path):
     (tmp_path / "vimeo/sep_trainlist.txt").write_text("00001/0001\n00001/0002\n")
     (tmp_path / "vimeo/sep_testlist.txt").write_text("00009/0001\n")
     assert names(prepared(tmp_path / "vimeo", "vimeo", tmp_path)) == {"train": ["00001_0001"], "val": ["00001_0002"], "test": ["00009_0001"]}
+
+
+def test_reds_blur_lacking_a_partner_is_named_with_it(tmp_path: Path):
+    for kind, numbers in (("sharp", ["000", "001"]), ("blur", ["000"])):
+        write_lmdb(tmp_path / f"train_{kind}_with_val.lmdb", {name: pictures(2, 5) for name in numbers}, tmp_path / kind)
+    with pytest.raises(DataError, match=r"train_blur_with_val.lmdb: expected the clips .* \(those of train_sharp_with_val.lmdb\), found none of 001"):
+        source_clips("reds-blur", tmp_path)
+
+
+def test_two_that_would_be_one_clip_are_named(tmp_path: Path):
+    for name in ("a.mp4", "a.mov", "b.mp4"):
+        (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    with pytest.raises(DataError, match=r"set: a.mov and a.mp4 are both the clip a; expected each once: rename or remove one"):
+        _clips_below(tmp_path / "set")
 
 
 def test_gopro_as_kair_packs_it_has_pairs(tmp_path: Path):

@@ -35,10 +35,12 @@ class Trained:
         manifest = folder.manifest(step)
         self.registry.register(manifest, self.s3.publish(manifest, folder.path), folder.path)
 
-    def commit(self, step: int) -> CheckpointFolder:
+    def commit(self, step: int, word: str = "") -> CheckpointFolder:
         folder = CheckpointFolder(self.local)
         folder.prepare()
-        contents = {part: lambda file, part=part: file.write(f"{part} of {step}".encode() * 1000) for part in ("G.pth", "E.pth", "optimizerG.pth")}
+        contents = {
+            part: lambda file, part=part: file.write(f"{part} of {step}{word}".encode() * 1000) for part in ("G.pth", "E.pth", "optimizerG.pth")
+        }
         folder.commit(step, contents, lambda files: Manifest(self._lineage.id, step, files, {"val/psnr": 30.0}, {}, {"created": "today"}))
         return folder
 
@@ -117,6 +119,15 @@ def test_what_is_damaged_or_missing_on_one_side_is_told_and_restored_from_the_ot
     )
     trained.run("prune", "--step", 12)
     assert trained.sides(EXIT_DONE) == {8: HEALTHY, 4: HEALTHY}
+
+
+def test_what_is_fetched_is_what_is_registered(trained):
+    registered = (trained.local / "8_G.pth").read_bytes()
+    # Trained here, but registered from elsewhere.
+    folder = trained.commit(8, "other")
+    assert not folder.problems(8, folder.path.name) and (trained.local / "8_G.pth").read_bytes() != registered
+    trained.run("fetch", 8)
+    assert (trained.local / "8_G.pth").read_bytes() == registered
 
 
 def test_what_is_pinned_stays_and_what_the_params_do_not_keep_goes_on_every_side(trained):

@@ -18,6 +18,7 @@ from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_NOT_BETTER
 from vrt.params import load_params
 from vrt.stages.evaluate import test_clips as prepared_test_clips
 from vrt.stages.promote import check_same_clips, judge
+from vrt.stages.result import has_result
 from vrt.stages.selector import choose
 
 PARAMS = Path("params.yaml")
@@ -74,6 +75,16 @@ def test_processes_that_fetch_the_same_step_wait_for_one_another(here, lineage, 
     assert len(set(found)) == 1
     kept = here.root / "checkpoints/fetched" / lineage
     assert not [path for path in kept.iterdir() if path.is_dir() or "unfinished" in path.name], "nothing was set aside, nothing left over"
+
+
+def test_whether_the_result_of_a_step_is_here_is_told_by_the_model_not_by_the_checkpoint(here, lineage):
+    named = lineage_named(lineage)
+    assert has_result(named, 8) and not has_result(named, 4)
+    (here.root / "model").rename(here.root / "gone")
+    try:
+        assert not has_result(named, 8)
+    finally:
+        (here.root / "gone").rename(here.root / "model")
 
 
 def test_a_prepared_data_set_is_not_taken_for_another_one(here):

@@ -14,8 +14,8 @@ from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.serialize import load
 
 SAFETENSORS = ".safetensors"
-NESTINGS = ("params_ema", "params")
-"""Keys below which published files keep their weights; where a file has both, the averaged ones are meant to be used."""
+AVERAGED, TRAINED = "params_ema", "params"
+"""Keys below which published files keep their weights. Where a file has both, the averaged ones are meant to be used, the others to be trained on."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Weights:
     nesting: str
 
 
-def read_weights(path: Path) -> Weights:
-    """Read a file of weights, on the CPU and without running code from it.
+def read_weights(path: Path, first: str = AVERAGED) -> Weights:
+    """Read a file of weights, on the CPU and without running code from it; where it has several, those below the key `first`.
 
     Raises CheckpointError where there is no such file, or it holds anything but a network's weights.
     """
@@ -36,7 +36,7 @@ def read_weights(path: Path) -> Weights:
     if path.suffix == SAFETENSORS:
         return _read_safetensors(path)
     content, nesting = load(path), ""
-    for key in NESTINGS:
+    for key in (first, AVERAGED, TRAINED):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content, nesting = content[key], key
             break

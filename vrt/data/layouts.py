@@ -55,7 +55,8 @@ def source_clips(layout: str, root: Path) -> list[SourceClip]:
 
     Raises DataError where a folder or list is missing, a split would be empty, or a clip is in two of them.
     """
-    clips = LAYOUTS[layout].find(root)
+    # Clips may be named after the folder itself.
+    clips = LAYOUTS[layout].find(root.resolve())
     seen: dict[str, Split] = {}
     for clip in clips:
         if clip.name in seen:
@@ -81,7 +82,9 @@ def _reds_pairs(root: Path, kinds: tuple[str, ...]) -> list[SourceClip]:
     found: dict[str, list[ClipFrames]] = {}
     if all(path.is_dir() for path in packed):
         of_kind = [lmdb_clips(path) for path in packed]
-        found = {name: [clips[name] for clips in of_kind if name in clips] for name in of_kind[0]}
+        for path, clips in zip(packed[1:], of_kind[1:]):
+            _expect(path, of_kind[0], clips, f"those of {packed[0].name}")
+        found = {name: [clips[name] for clips in of_kind] for name in of_kind[0]}
     else:
         for part, first in (("train", 0), ("val", REDS_TRAINING_CLIPS)):
             folders = [_either(root / part / f"{part}_{kind}", root / f"{part}_{kind}") for kind in kinds]
@@ -205,8 +208,13 @@ def _clips_below(folder: Path) -> dict[str, ClipFrames]:
     packed = folder.with_name(f"{folder.name}.lmdb")
     if packed.is_dir() and not folder.is_dir():
         return lmdb_clips(packed)
-    videos = {path.stem: path for path in folder.iterdir() if is_video(path)} if folder.is_dir() else {}
-    return dict(sorted(({path.name: path for path in _subfolders(folder)} | videos).items()))
+    named = [(path.name, path) for path in _subfolders(folder)] + [(path.stem, path) for path in folder.iterdir() if is_video(path)]
+    clips: dict[str, Path] = {}
+    for name, path in sorted(named):
+        if name in clips:
+            raise DataError(f"{folder}: {clips[name].name} and {path.name} are both the clip {name}; expected each once: rename or remove one")
+        clips[name] = path
+    return clips
 
 
 def _subfolders(folder: Path) -> list[Path]:

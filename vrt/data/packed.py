@@ -96,8 +96,19 @@ def check_digest(path: Path, sha256: str) -> None:
         raise DataError(f"{path}: expected SHA-256 {sha256[:12]}..., found {found[:12]}...; the file has changed")
 
 
-_check_once = functools.cache(check_digest)
-"""Remembers, for this process, which files do not differ."""
+def _check_once(path: Path, sha256: str) -> None:
+    try:
+        file = path.stat()
+    except OSError:
+        check_digest(path, sha256)
+        raise
+    _checked(path, sha256, file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns)
+
+
+@functools.cache
+def _checked(path: Path, sha256: str, *_which: int) -> None:
+    """Remembers, for this process, which files do not differ: another one in a file's place, such as after preparing anew, is looked at."""
+    check_digest(path, sha256)
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:

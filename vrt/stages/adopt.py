@@ -11,6 +11,7 @@ from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import FileEntry, Manifest
 from vrt.checkpoint.policy import AUTO
 from vrt.checkpoint.resume import Candidate, Evidence, Side, State, decide
+from vrt.checkpoint.weights import TRAINED
 from vrt.observe import log
 from vrt.training.loop import TrainingState
 from vrt.training.session import EMA, HISTORY, NETWORK, OPTIMIZER, load_fitting, load_optimizer
@@ -82,7 +83,7 @@ def _examine(source: Path, step: int, found: Mapping[str, set[int]], state: Trai
     if missing:
         return Evidence(Side(State.DAMAGED, missing), nowhere)
     try:
-        load_fitting(source / f"{step}_{NETWORK}", state.network)
+        load_fitting(source / f"{step}_{NETWORK}", state.network, TRAINED)
         if state.ema is not None and found[EMA]:
             load_fitting(source / f"{step}_{EMA}", state.ema)
         load_optimizer(source / f"{step}_{OPTIMIZER}", state)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vrt.checkpoint.curator import Curator, lineage_named
@@ -10,7 +10,7 @@ from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
 from vrt.checkpoint.repair import Mend, Verified, mend, repair, verify
-from vrt.checkpoint.resume import Candidate, State, candidates, fetch
+from vrt.checkpoint.resume import Candidate, State, candidates, examine_local, fetch
 from vrt.checkpoint.retention import Verdict, delete, prune, retain
 from vrt.checkpoint.store import MB, S3Store
 from vrt.data.clips import PreparedData
@@ -134,7 +134,8 @@ def fetch_step(desk: Desk, step: int | None, to: Path | None) -> Path:
     (candidate,) = desk.chosen([step])
     folder = CheckpointFolder(to) if to else desk.folder
     folder.prepare()
-    if step in folder.steps() and not folder.problems(step, desk.lineage):
+    # Sound is not enough: a save that was never registered may have been trained again elsewhere, to other bits.
+    if step in folder.steps() and examine_local(folder, desk.lineage, replace(candidate, local=True)).state is State.HEALTHY:
         log.info("step %d is complete in %s already", step, folder.path)
         return folder.path
     if desk.store is None or candidate.address is None:

@@ -30,6 +30,12 @@ def leave_result(folder: CheckpointFolder, step: int, history: History) -> None:
     write_training_report(REPORTS, history)
 
 
+def has_result(lineage: Lineage, step: int) -> bool:
+    """Whether the result of this step is here. Its checkpoint alone does not tell: who saved it may have been killed before this."""
+    model = CheckpointFolder(MODEL)
+    return model.steps() == [step] and model.manifest(step).lineage == lineage.id
+
+
 def fetch_result(lineage: Lineage, params_path: Path, step: int) -> None:
     """Have the result of a training here that another machine led: its registered last step, verified digest by digest."""
     log.info("step %d of %s is trained and registered; fetching it, so that this machine has the result too", step, lineage.id)

@@ -10,7 +10,7 @@ from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.lock import in_turn
 from vrt.checkpoint.manifest import Manifest
 from vrt.checkpoint.registry import BEST, CHAMPION, LATEST_STEP
-from vrt.checkpoint.resume import Candidate
+from vrt.checkpoint.resume import Candidate, State, examine_local
 from vrt.checkpoint.serialize import sha256_of
 from vrt.checkpoint.weights import SAFETENSORS
 from vrt.model.network import VRT
@@ -91,7 +91,7 @@ def _led_to(registry: Curator, alias: str) -> tuple[str, int]:
 def _bring(desk: Desk, candidate: Candidate) -> tuple[Path, Manifest]:
     """A folder that has the step complete and undamaged, and its manifest."""
     step = candidate.step
-    if candidate.local and not desk.folder.problems(step, desk.lineage):
+    if examine_local(desk.folder, desk.lineage, candidate).state is State.HEALTHY:
         return desk.folder.path, desk.folder.manifest(step)
     # Not into the lineage's own folder, where a trainer may be at work.
     with in_turn(FETCHED / desk.lineage):

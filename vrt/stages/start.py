@@ -173,7 +173,7 @@ def _fork(state: TrainingState, policy: ResumePolicy, store: S3Store, total_step
             found.append(error)
 
     back = ResumePolicy(Kind.STEP, policy.step)
-    newest_healthy(folder, policy.lineage, registered, store, max(registered, default=policy.step), policy=back, load=load, hold=parent.hold)
+    newest_healthy(folder, policy.lineage, registered, store, max([*registered, policy.step]), policy=back, load=load, hold=parent.hold)
     if isinstance(found[-1], CheckpointError):
         raise found[-1]
     parts, left = found[-1]

@@ -17,7 +17,6 @@ import torch
 
 from vrt.checkpoint.curator import Curator
 from vrt.checkpoint.errors import StoreUnavailable
-from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.policy import ResumePolicy
 from vrt.checkpoint.tracking import Lineage
 from vrt.data.clips import PreparedData
@@ -25,9 +24,9 @@ from vrt.data.sampler import Share, check_sampling
 from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, OUTCOME, SECONDS_TO_SAVE, StopRequest, held_back, torchrun_rank
 from vrt.observe import log
 from vrt.params import Params, load_params, with_resume
-from vrt.stages import CHECKPOINTS, PREPARED
+from vrt.stages import PREPARED
 from vrt.stages.lineage import lineage_of
-from vrt.stages.result import fetch_result
+from vrt.stages.result import fetch_result, has_result
 from vrt.stages.start import begun
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -78,7 +77,7 @@ def train_together(params_path: Path, resume: str | None, processes: int | str |
                 f"--meet {meet}: not all of the {machines} machines met there within {SECONDS_TO_MEET:.0f} s, or others were still there; start the "
                 "same command on each of them"
             )
-        if code == EXIT_DONE and last not in CheckpointFolder(CHECKPOINTS / lineage.id).steps():
+        if code == EXIT_DONE and not has_result(lineage, last):
             # Another machine led. Not in the process that trained: torchrun gives those that end later than others five minutes.
             fetch_result(lineage, params_path, last)
         return code

@@ -14,7 +14,7 @@ from vrt.checkpoint.publisher import Publisher
 from vrt.checkpoint.saver import Saver
 from vrt.checkpoint.serialize import fitting, load, misfits, optimizer_misfits
 from vrt.checkpoint.snapshot import Aliases
-from vrt.checkpoint.weights import read_weights
+from vrt.checkpoint.weights import AVERAGED, TRAINED, read_weights
 from vrt.distributed import Team
 from vrt.model.network import VRT
 from vrt.params import Network, Params
@@ -54,7 +54,7 @@ class Parts:
 def read(state: TrainingState, manifest: Manifest, folder: Path) -> Parts:
     """Read a verified checkpoint for `state`, without changing it. Raises CheckpointError, naming everything that does not fit."""
     return Parts(
-        load_fitting(folder / _name(manifest, NETWORK), state.network),
+        load_fitting(folder / _name(manifest, NETWORK), state.network, TRAINED),
         load_fitting(folder / _name(manifest, EMA), state.ema) if state.ema is not None and _has(manifest, EMA) else None,
         load_optimizer(folder / _name(manifest, OPTIMIZER), state),
         read_history(folder / _name(manifest, HISTORY)),
@@ -67,7 +67,7 @@ def read_what_fits(state: TrainingState, manifest: Manifest, folder: Path) -> tu
 
     Raises CheckpointError where none of the weights fits, or the file of weights or of metrics is damaged.
     """
-    weights, left = fitting(read_weights(folder / _name(manifest, NETWORK)).tensors, state.network.state_dict())
+    weights, left = fitting(read_weights(folder / _name(manifest, NETWORK), TRAINED).tensors, state.network.state_dict())
     if not weights:
         raise CheckpointError(f"{manifest.lineage} step {manifest.step}: none of its weights fits the network of the params file")
     ema = None
@@ -118,9 +118,12 @@ def load_optimizer(path: Path, state: TrainingState) -> dict[str, Any]:
     return {"state": saved["state"], "param_groups": ours}
 
 
-def load_fitting(path: Path, network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights in a file. Raises CheckpointError, naming every missing, unexpected and misshapen key, where they aren't `network`'s."""
-    weights = read_weights(path).tensors
+def load_fitting(path: Path, network: torch.nn.Module, first: str = AVERAGED) -> dict[str, torch.Tensor]:
+    """The weights in a file (`read_weights`).
+
+    Raises CheckpointError, naming every missing, unexpected and misshapen key, where they aren't `network`'s.
+    """
+    weights = read_weights(path, first).tensors
     problems = misfits(weights, network.state_dict())
     if problems:
         raise CheckpointError(
