@@ -2,6 +2,7 @@
 
 import threading
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from vrt.checkpoint import publisher as module
 from vrt.checkpoint.errors import CheckpointError, LeaseLost, StoreUnavailable
 from vrt.checkpoint.manifest import FileEntry, Manifest
 from vrt.checkpoint.publisher import Publisher
+from vrt.checkpoint.resume import Registered
 
 
 class Recorder:
@@ -172,6 +174,21 @@ def test_a_step_registered_with_other_content_is_not_overwritten_in_the_store(pu
     publisher.publish(commit(folder, 2))
     assert publisher.finish(60) == ["step 2: step 2 is registered with other content"]
     assert recorder.arrived == []
+
+
+@pytest.mark.parametrize("spoilt, missing", [("history.jsonl", []), ("G.pth", ["step 2: step 2 is registered with other content"])])
+def test_a_step_registered_with_the_same_weights_and_other_metrics_stays_as_it_is(publishing, folder, commit, spoilt: str, missing: list[str]):
+    # As one that was saved when its training was told to stop, and not validated.
+    manifest = commit(folder, 2)
+    files = tuple(replace(file, sha256="0" * 64) if file.name.endswith(spoilt) else file for file in manifest.files)
+    assert files != manifest.files
+    recorder = Recorder(CheckpointError("step 2 is registered with other content"))
+    recorder.registered = lambda: {2: Registered(2, "other", "s3://bucket/2")}
+    recorder.manifest = lambda address: replace(manifest, files=files)
+    publisher = publishing(recorder)
+    publisher.publish(manifest)
+    assert publisher.finish(60) == missing
+    assert not [what for what in recorder.arrived if what[0] in ("published", "registered")]
 
 
 def test_metrics_that_are_refused_for_good_are_told_and_hold_up_no_checkpoint(publishing, folder, commit):

@@ -12,6 +12,7 @@ from typing import Protocol
 from vrt.checkpoint.errors import CheckpointError, LeaseLost, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import FileEntry, Manifest, problems_of
+from vrt.checkpoint.resume import Registered
 from vrt.checkpoint.store import Store
 from vrt.lifecycle import wait_for
 from vrt.observe import log
@@ -26,7 +27,7 @@ MOST_REFUSALS = 3
 class Registry(Protocol):
     """Where a published checkpoint becomes registered, and metrics go."""
 
-    def registered(self) -> Mapping[int, object]:
+    def registered(self) -> Mapping[int, Registered]:
         """What it has, by step."""
 
     def check(self, manifest: Manifest) -> object:
@@ -223,20 +224,40 @@ class Publisher:
         self._refusals = 0
         return True
 
+    def _has_its_weights(self, manifest: Manifest) -> bool:
+        """Whether the step is registered with other content, but of the very same state.
+
+        A save on a stop request is not validated; trained again, after going back, its step is, and has other metrics and a picture.
+        Raises CheckpointError where it is registered with another state.
+        """
+        try:
+            self._registry.check(manifest)
+        except CheckpointError:
+            known = self._registry.registered().get(manifest.step)
+            if known is None or _state(self._store.manifest(known.address)) != _state(manifest):
+                raise
+            return True
+        return False
+
+    def _register(self, manifest: Manifest) -> None:
+        problems = problems_of(manifest, self._folder.path)
+        if problems:
+            raise CheckpointError("; ".join(problems))
+        address = self._store.publish(manifest, self._folder.path)
+        if files := self._beside(manifest):
+            self._store.put_beside(address, files)
+        # Uploading took its time: a trainer that was thought dead meanwhile must not register.
+        self._check_fence()
+        self._registry.register(manifest, address, self._folder.path)
+
     def _publish(self, manifest: Manifest) -> None:
         started = time.monotonic()
         try:
             self._check_fence()
-            self._registry.check(manifest)
-            problems = problems_of(manifest, self._folder.path)
-            if problems:
-                raise CheckpointError("; ".join(problems))
-            address = self._store.publish(manifest, self._folder.path)
-            if files := self._beside(manifest):
-                self._store.put_beside(address, files)
-            # Uploading took its time: a trainer that was thought dead meanwhile must not register.
-            self._check_fence()
-            self._registry.register(manifest, address, self._folder.path)
+            if self._has_its_weights(manifest):
+                log.info("checkpoint %d is registered already, with the same weights and other metrics: that one stays", manifest.step)
+            else:
+                self._register(manifest)
         except CheckpointError as error:
             log.error("checkpoint %d can't be registered: %s", manifest.step, error)
             self._refused[manifest.step] = str(error)
@@ -250,3 +271,8 @@ class Publisher:
         except Exception as error:
             # The checkpoint is registered; what follows from it is done after the next one.
             log.warning("after registering checkpoint %d: %s", manifest.step, error, exc_info=not isinstance(error, StoreUnavailable | LeaseLost))
+
+
+def _state(manifest: Manifest) -> dict[str, str]:
+    """The digests of what a training goes on from."""
+    return {file.name: file.sha256 for file in manifest.files if file.name.endswith(".pth")}
