@@ -12,8 +12,8 @@ from vrt.services import local
 from vrt.services.local import ServiceState
 from vrt.services.servers import TITLES
 
-_DESCRIPTION = """MLflow, Prefect and an S3 server on this machine, reachable from this machine only (by all of its users). Their data is in .vrt/services
-of the project, or in $VRT_HOME. A service that MLFLOW_TRACKING_URI, PREFECT_API_URL or AWS_ENDPOINT_URL names is used as it is;
+_DESCRIPTION = """MLflow, Prefect and an S3 server on this machine, reachable from this machine only (by all of its users). Their data is in
+.vrt/services of the project, or in $VRT_HOME. A service that MLFLOW_TRACKING_URI, PREFECT_API_URL or AWS_ENDPOINT_URL names is used as it is;
 nothing is started for it."""
 _SECRETS = ("AWS_SECRET_ACCESS_KEY",)
 
