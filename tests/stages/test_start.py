@@ -8,6 +8,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from vrt.checkpoint.curator import Curator
 from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
@@ -94,6 +95,13 @@ def test_a_fork_goes_on_as_its_parent_did_and_is_a_lineage_of_its_own_that_wins_
     ):
         with pytest.raises(CheckpointError, match=reason):
             run_training(Path("params.yaml"), wrong)
+
+    # What was saved and, for whatever reason, not registered is as good, also where older ones are registered.
+    project.edit(checkpoints__resume=policy, seed=1)
+    child, registry = project.lineage.id, Curator(project.lineage)
+    assert registry.attach()
+    registry.unregister(12)
+    assert f"forked {child}@12: going on at step 13 of 13" in project.train(13, checkpoints__resume=f"fork {child}@12")
 
 
 def test_how_the_machine_computes_is_what_the_params_say(project, monkeypatch):
