@@ -115,12 +115,12 @@ def test_a_backup_brings_back_a_lost_registry_and_a_lost_bucket_and_trainings_go
     assert_same_files(uninterrupted, workspace)
 
     # What a backup would replace or delete of the one before is kept beside it.
-    (lost,) = (path for path in backup.glob("s3/mlflow/**/24_manifest.json"))
-    topology.ask("sh", "-c", f"rm /srv/{lost.relative_to(backup)}")
+    (lost,) = (path for path in backup.glob("s3/mlflow/**/12_manifest.json"))
+    topology.ask("sh", "-c", f"rm -f /srv/{lost.relative_to(backup)}")
     again = topology.run_script("deploy/backup.sh", str(backup))
     assert again.returncode == 0 and not lost.exists(), again.stdout
     kept = {path.name for path in backup.glob("replaced/*/**/*") if path.is_file()}
-    assert {"mlflow.dump", "prefect.dump", "24_manifest.json"} <= kept
+    assert {"mlflow.dump", "prefect.dump", "12_manifest.json"} <= kept
 
 
 def test_a_registry_that_is_lost_without_a_backup_is_made_anew_from_the_bucket(topology, workspace, uninterrupted):
