@@ -77,15 +77,22 @@ def at_work(workspace) -> Iterator[Worker]:
     """A worker in the workspace. One at a time: all of them would take runs from the session's one server."""
     with (Path(workspace.environment["VRT_HOME"]) / "at-work").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        # As in a terminal, even where the tests themselves run under nohup: there, outliving who launched it is what one asks for.
-        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        process = workspace.start("pipelines", start_new_session=True)
-        signal.signal(signal.SIGHUP, before)
-        try:
-            workspace.wait_for("started!", process)
-            yield Worker(workspace, psutil.Process(process.pid))
-        finally:
-            kill_tree(process)
+        with working_on(workspace) as worker:
+            yield worker
+
+
+@contextmanager
+def working_on(workspace) -> Iterator[Worker]:
+    """A worker where this test has the turn already: in the place of one that died."""
+    # As in a terminal, even where the tests themselves run under nohup: there, outliving who launched it is what one asks for.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    process = workspace.start("pipelines", start_new_session=True)
+    signal.signal(signal.SIGHUP, before)
+    try:
+        workspace.wait_for("started!", process)
+        yield Worker(workspace, psutil.Process(process.pid))
+    finally:
+        kill_tree(process)
 
 
 @pytest.fixture(scope="module")

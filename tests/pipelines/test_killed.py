@@ -11,6 +11,7 @@ import pytest
 
 from tests.footage import moving, write_video
 from tests.pipelines.conftest import at_work as working
+from tests.pipelines.conftest import working_on
 from tests.same_training import assert_same_training
 from vrt.services import local, process, servers
 
@@ -35,7 +36,7 @@ def begun(worker, **parameters) -> str:
 @contextmanager
 def another(worker):
     """A new worker in the place of one that died."""
-    with working(worker.workspace) as other:
+    with working_on(worker.workspace) as other:
         worker.process = other.process
         yield
 
