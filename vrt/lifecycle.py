@@ -118,11 +118,7 @@ def tell_launcher(code: int) -> int:
 
 
 _abandoned: list[threading.Thread] = []
-
-
-def abandon(thread: threading.Thread) -> None:
-    """Let a thread be that did not end in time, such as one that waits for a store: the command ends all the same (`tell_launcher`)."""
-    _abandoned.append(thread)
+"""Threads that did not end in time, such as those that wait for a store: the command ends all the same (`tell_launcher`)."""
 
 
 def within(seconds: float, call: Callable[[], object], hurry: Callable[[], bool] = lambda: False, hurried: float = 0.0) -> bool:
@@ -158,7 +154,7 @@ def wait_for(thread: threading.Thread, seconds: float, hurry: Callable[[], bool]
                 in_a_hurry, ends = True, min(ends, time.monotonic() + hurried)
     finally:
         if thread.is_alive():
-            abandon(thread)
+            _abandoned.append(thread)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vrt.evaluation import tiling
-from vrt.evaluation.tiling import AnySize, Tiling, TooLittleMemory, blend_weights, restore, restore_stream, tile_count, tile_spans
+from vrt.evaluation.tiling import AnySize, Tiling, TooLittleMemory, blend_weights, restore, tile_count, tile_spans
 from vrt.model.precision import computing
 
 
@@ -185,7 +185,7 @@ def test_a_stream_reads_each_tile_once_in_order_and_gives_the_same_bits_wherever
         asked.append((start, stop))
         return clip[:, start:stop]
 
-    pieces = list(restore_stream(Applied(reach), read, (11, 16, 24), (4, 8, 8), (2, 4, 4), 1, first))
+    pieces = list(Tiling(Applied(reach), (4, 8, 8), (2, 4, 4), 1).stream(read, (11, 16, 24), first))
 
     assert asked == [span for span in tile_spans(11, 4, 2) if span[1] > first]
     assert [number for number, _ in pieces] == [first + sum(piece.shape[1] for _, piece in pieces[:i]) for i in range(len(pieces))]

@@ -39,7 +39,6 @@ SECONDS_BETWEEN_LOOKS = 1.0
 # A server that is silent would be waited for, and asked again, for minutes.
 SECONDS_TO_LET_GO = 10.0
 
-
 A_DATE = 1e9
 """More seconds than a machine is ever up for: claims of before 2026-11-29 have the time of day at which the process was started."""
 
@@ -203,8 +202,8 @@ class Lease:
         except Exception as error:
             reason = str(error)
         if reason:
-            told = "could not let go of the lineage (%s); a trainer on another machine has to wait %.0f s"
-            log.warning(f"%s: {told}", self._lineage, reason, SECONDS_UNTIL_DEAD)
+            told = "%s: could not let go of the lineage (%s); a trainer on another machine has to wait %.0f s"
+            log.warning(told, self._lineage, reason, SECONDS_UNTIL_DEAD)
 
     def _let_go(self) -> None:
         with self._writing:

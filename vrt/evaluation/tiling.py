@@ -36,24 +36,10 @@ def restore(network: nn.Module, degraded: Tensor, tile: Size, overlap: Size, ups
     """
     frames, height, width = degraded.shape[1], *degraded.shape[-2:]
     restored = torch.empty(len(degraded), frames, 3, height * upscale, width * upscale)
-    pieces = restore_stream(network, lambda start, stop: degraded[:, start:stop], (frames, height, width), tile, overlap, upscale, progress=progress)
-    for first, piece in pieces:
+    tiling = Tiling(network, tile, overlap, upscale)
+    for first, piece in tiling.stream(lambda start, stop: degraded[:, start:stop], (frames, height, width), progress=progress):
         restored[:, first : first + piece.shape[1]] = piece
     return restored
-
-
-def restore_stream(
-    network: nn.Module,
-    read: Callable[[int, int], Tensor],
-    size: Size,
-    tile: Size,
-    overlap: Size,
-    upscale: int,
-    first: int = 0,
-    progress: Callable[[], object] | None = None,
-) -> Iterator[tuple[int, Tensor]]:
-    """Restore one clip that may be longer than memory: `Tiling.stream`."""
-    return Tiling(network, tile, overlap, upscale).stream(read, size, first, progress)
 
 
 class TooLittleMemory(RuntimeError):

@@ -14,7 +14,7 @@ import torch
 from vrt.checkpoint.errors import CheckpointError
 from vrt.data.clips import DataError
 from vrt.evaluation.report import write_file
-from vrt.evaluation.tiling import restore_stream, tile_count, tile_spans
+from vrt.evaluation.tiling import Tiling, tile_count, tile_spans
 from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, StopRequest
 from vrt.observe import log, progress
 from vrt.params import Between
@@ -163,8 +163,9 @@ def restore_into(outputs: Outputs, source: Source, chosen: Chosen, level: float 
     tile, overlap, begins = chosen.params.evaluate.tile, making.overlap, making.begins
     left = sum(stop > begins for _, stop in tile_spans(making.size[0], tile[0], overlap[0]))
     tiles = left * tile_count((1, *making.size[1:]), tile, overlap)
+    tiling = Tiling(making.network, tile, overlap, making.upscale)
     with progress("restore", tiles, "tiles") as bar:
-        for first, piece in restore_stream(making.network, making.read, making.size, tile, overlap, making.upscale, begins, bar.advance):
+        for first, piece in tiling.stream(making.read, making.size, begins, bar.advance):
             number, frames = making.frames(first, piece)
             if not len(frames):
                 # What was made of a short clip continued backwards.
