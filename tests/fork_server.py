@@ -139,7 +139,7 @@ def wait_for(order: dict) -> None:
 
 def run(order: dict) -> None:
     """Be the process that runs one command."""
-    from vrt.cli import main
+    from vrt.cli import program
 
     os.chdir(order["folder"])
     os.environ.clear()
@@ -147,8 +147,9 @@ def run(order: dict) -> None:
     log = os.open(order["log"], os.O_WRONLY | os.O_APPEND)
     for descriptor, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
         os.dup2(file, descriptor)
+    sys.argv[1:] = order["arguments"]
     try:
-        code = main(order["arguments"])
+        program()
     except SystemExit as ended:
         code = ended.code
     except BaseException:

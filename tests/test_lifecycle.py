@@ -230,14 +230,14 @@ def test_under_nohup_a_training_outlives_whoever_launched_it(start):
 STUCK = """
 import sys, time
 from concurrent.futures import ThreadPoolExecutor
-from vrt.lifecycle import tell_launcher, within
+from vrt.lifecycle import leave, within
 
 def upload():
     with ThreadPoolExecutor() as pool:
         pool.submit(time.sleep, 600).result()
 
 print(within(0.2, upload), within(60, lambda: None))
-sys.exit(tell_launcher(75))
+leave(75)
 """
 
 

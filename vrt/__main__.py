@@ -1,7 +1,5 @@
 """`python -m vrt`."""
 
-import sys
+from vrt.cli import program
 
-from vrt.cli import main
-
-sys.exit(main())
+program()

@@ -4,6 +4,7 @@ import argparse
 import os
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from vrt.checkpoint.errors import exit_code_of
 from vrt.checkpoint.phases import Phase
@@ -16,18 +17,20 @@ from vrt.lifecycle import (
     PROCESSES,
     RESUME,
     launchers,
-    tell_launcher,
+    leave,
     torchrun_rank,
 )
 
 
+def program() -> NoReturn:
+    """`vrt`: run the command that the command line asks for, and end the process with its exit code."""
+    launchers()
+    leave(main())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns an exit code of vrt.lifecycle."""
-    launchers()
-    return tell_launcher(_run(parser().parse_args(argv)))
-
-
-def _run(args: argparse.Namespace) -> int:
+    args = parser().parse_args(argv)
     from vrt.observe import log, set_up_logging
 
     set_up_logging(torchrun_rank() or 0)

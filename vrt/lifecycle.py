@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import psutil
 
@@ -97,10 +98,10 @@ def torchrun_rank() -> int | None:
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
-def tell_launcher(code: int) -> int:
-    """Leave an exit code where the launcher of a training of several processes looks for it. Returns the one to end with.
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code, left also where the launcher of a training of several processes looks for it.
 
-    To torchrun a process that stopped as it was asked to has not failed. Does not return where Python would wait for what does not end.
+    To torchrun a process that stopped as it was asked to has not failed. Python would wait for what does not end: then it is not asked.
     """
     at_once = any(thread.is_alive() for thread in _abandoned)
     if OUTCOME in os.environ:
@@ -114,11 +115,11 @@ def tell_launcher(code: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    return code
+    sys.exit(code)
 
 
 _abandoned: list[threading.Thread] = []
-"""Threads that did not end in time, such as those that wait for a store: the command ends all the same (`tell_launcher`)."""
+"""Threads that did not end in time, such as those that wait for a store: the command ends all the same (`leave`)."""
 
 
 def within(seconds: float, call: Callable[[], object], hurry: Callable[[], bool] = lambda: False, hurried: float = 0.0) -> bool:

@@ -82,8 +82,9 @@ ON_ITS_MACHINE = """
 import os, sys
 os.chdir(sys.argv[1 + int(os.environ["RANK"])])
 sys.path.insert(0, os.getcwd())
-from vrt.cli import main
-sys.exit(main(["train"]))
+from vrt.cli import program
+sys.argv[1:] = ["train"]
+program()
 """
 
 
