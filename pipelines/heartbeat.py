@@ -12,6 +12,8 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 
 NAME = "vrt: runs without a heartbeat are crashed"
 SILENCE = timedelta(seconds=90)
+# The server may have flows of others.
+_OURS = {"prefect.resource.role": "flow", "prefect.resource.name": ["train", "evaluate", "promote", "restore"]}
 # Of a run that has ended, or waits to be started, nothing is heard either: a pod that was told to end leaves its run in AwaitingRetry.
 _SILENT = {
     f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "AwaitingRetry", "Scheduled", "Paused", "Suspended")
@@ -26,18 +28,24 @@ def ensure() -> None:
     except ValueError:
         wanted.create()
         return
-    if found.trigger.expect != wanted.trigger.expect:
+    if _seen_by(found) != _seen_by(wanted):
         wanted.id = found.id
         wanted.update()
 
 
+def _seen_by(automation: Automation) -> dict:
+    """What it takes for a sign of life, and whose."""
+    return automation.trigger.model_dump(include={"expect", "match_related"})
+
+
 def automation() -> Automation:
-    """A run that beat once and is silent for SILENCE, and has neither ended nor waits to be started, is set to Crashed."""
+    """A run of these flows that beat once and is silent for SILENCE, and has neither ended nor waits to be started, is set to Crashed."""
     beat = "prefect.flow-run.heartbeat"
     trigger = EventTrigger(
         after={beat},
         expect={beat, *_SILENT},
         match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related=_OURS,
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
