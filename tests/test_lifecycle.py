@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vrt.lifecycle import within
+from vrt.lifecycle import OUTCOME, within
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -245,6 +245,12 @@ def test_what_was_abandoned_does_not_keep_a_command_from_ending(start):
     stuck = start(STUCK)
     assert stuck.wait(60) == 75
     assert stuck.stdout.read() == "False True\n"
+
+
+def test_a_process_of_several_whose_launcher_is_gone_ends_as_ever(start, tmp_path, monkeypatch):
+    monkeypatch.setenv(OUTCOME, str(tmp_path / "removed" / "outcome"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert start("from vrt.lifecycle import leave\nleave(75)").wait(60) == 0
 
 
 def test_what_a_bounded_call_raises_is_raised():

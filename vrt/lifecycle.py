@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -105,7 +105,9 @@ def leave(code: int) -> NoReturn:
     """
     at_once = any(thread.is_alive() for thread in _abandoned)
     if OUTCOME in os.environ:
-        Path(f"{os.environ[OUTCOME]}.{os.environ['LOCAL_RANK']}").write_text(str(code))
+        # Where the launcher is gone, its folder may be, too.
+        with suppress(FileNotFoundError):
+            Path(f"{os.environ[OUTCOME]}.{os.environ['LOCAL_RANK']}").write_text(str(code))
         if code in (EXIT_DONE, EXIT_CONTINUE_ME):
             code = EXIT_DONE
         else:
@@ -168,6 +170,10 @@ def held_back(number: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class ToldToStop(Exception):
+    """What can be done again later was given up, for the command was told to stop."""
+
+
 class StopRequest:
     """Says why to stop after the current step, or None. Use it as a context manager in the main thread.
 
@@ -201,6 +207,11 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._held_back)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def heed(self) -> None:
+        """Raises ToldToStop once there is a reason."""
+        if self.reason is not None:
+            raise ToldToStop(self.reason)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:

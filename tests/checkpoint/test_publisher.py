@@ -146,6 +146,7 @@ def test_a_refused_checkpoint_is_reported_and_holds_up_no_other(publishing, fold
     publisher.publish(commit(folder, 20))
     publisher.publish(commit(folder, 40))
     assert publisher.finish(60) == ["step 20: wrong credentials"]
+    assert not publisher.may_arrive_later
     assert recorder.arrived == both(40)
 
 
@@ -158,6 +159,14 @@ def test_what_did_not_arrive_in_time_is_named(publishing, folder, commit):
     publisher.publish(commit(folder, 40))
     down = "the store is down"
     assert publisher.finish(0.1) == [f"step 20: {down}", f"step 40: {down}", f"metrics of 2 steps: {down}"]
+    assert publisher.may_arrive_later
+
+
+def test_what_nobody_foresaw_may_never_arrive(publishing, folder, commit):
+    publisher = publishing(Recorder(*[OSError("the disk is gone")] * 100_000))
+    publisher.publish(commit(folder, 20))
+    assert publisher.finish(0.1) == ["step 20: the disk is gone"]
+    assert not publisher.may_arrive_later
 
 
 def test_a_store_that_hangs_does_not_hold_the_end_of_the_training(publishing, folder, commit):
@@ -166,6 +175,7 @@ def test_a_store_that_hangs_does_not_hold_the_end_of_the_training(publishing, fo
     publisher = publishing(recorder)
     publisher.publish(commit(folder, 20))
     assert publisher.finish(0.1) == ["step 20: not published in time"]
+    assert publisher.may_arrive_later
 
 
 def test_a_step_registered_with_other_content_is_not_overwritten_in_the_store(publishing, folder, commit):
@@ -201,6 +211,7 @@ def test_metrics_that_are_refused_for_good_are_told_and_hold_up_no_checkpoint(pu
     publisher.send({"step": 2})
     publisher.publish(commit(folder, 2))
     assert publisher.finish(60) == ["metrics of steps 2 to 2: no such metric"]
+    assert not publisher.may_arrive_later
     assert ("registered", 2, "s3://bucket/2") in recorder.arrived
 
 

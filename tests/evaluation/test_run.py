@@ -8,6 +8,7 @@ import vrt.evaluation.run
 from vrt.evaluation.metrics import PERFECT_DB, psnr, ssim_y
 from vrt.evaluation.run import evaluate, validate
 from vrt.evaluation.tiling import Size
+from vrt.lifecycle import ToldToStop
 from vrt.params import Evaluate, Params
 
 
@@ -87,6 +88,20 @@ def test_limit_takes_the_first_clips_and_validate_the_validation_split(noisy_dat
     assert [row.name for row in validate(shift(0.0), noisy_data, params, limit=1).rows] == ["lake"]
     assert [row.name for row in validate(shift(0.0), noisy_data, params).rows] == ["lake", "tree"]
     assert validate(shift(0.0), noisy_data, params).metrics() == evaluate(shift(0.0), noisy_data, params, "val").metrics()
+
+
+def test_what_is_raised_after_a_tile_ends_it(noisy_data, params, shift):
+    tiles = []
+
+    def third() -> None:
+        tiles.append(1)
+        if len(tiles) == 3:
+            raise ToldToStop("received SIGTERM")
+
+    network = shift(0.0).train()
+    with pytest.raises(ToldToStop):
+        validate(network, noisy_data, with_tile(params, (3, 16, 16), (1, 8, 8)), after_tile=third)
+    assert len(tiles) == 3 and network.training
 
 
 def test_clips_larger_than_a_tile_are_tiled_and_come_out_the_same(noisy_data, params, shift):

@@ -68,6 +68,24 @@ def test_sigterm_saves_the_step_at_hand_and_asks_to_be_continued(make_workspace,
     assert_same_training(uninterrupted, workspace)
 
 
+def test_told_to_stop_during_a_validation_it_gives_that_up_saves_and_makes_up_for_it(make_workspace):
+    workspace = make_workspace("validating")
+    # Hundreds of tiles, which take longer than five seconds: then the log tells of them.
+    workspace.edit(train__total_steps=8, evaluate__tile=[2, 16, 16], evaluate__overlap=[1, 14, 14])
+    trainer = workspace.start("vrt", "train")
+    workspace.wait_for("evaluate val", trainer)
+    trainer.terminate()
+    assert trainer.wait(60) == 75, workspace.log.read_text()
+    told = workspace.log.read_text()
+    assert "step 4: its validation is given up" in told and "checkpoint 4 registered" in told, told
+
+    workspace.edit(evaluate__tile=[3, 40, 40], evaluate__overlap=[1, 8, 8])
+    ended = workspace.vrt("train")
+
+    assert ended.returncode == 0, ended.stdout
+    assert ended.stdout.index("continuing after step 4") < ended.stdout.index("step 4: validation"), ended.stdout
+
+
 def test_a_trainer_whose_launcher_died_saves_and_ends(make_workspace):
     workspace = make_workspace("orphan")
     workspace.edit(train__total_steps=100_000)

@@ -4,6 +4,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -37,6 +40,43 @@ def test_services_that_are_down_are_named_at_the_start(make_workspace):
     assert re.search(r"MLflow at http://127.0.0.1:9 does not answer \(.*Connection refused", ended.stdout), ended.stdout
     assert "vrt services status" in ended.stdout
     assert "Traceback" not in ended.stdout
+
+
+# With less patience than a training has once all is trained.
+HURRIED = """
+import sys
+from vrt.cli import program
+from vrt.stages import train
+train.SECONDS_TO_PUBLISH = 3.0
+sys.argv[1:] = ["train"]
+program()
+"""
+
+
+def test_a_training_that_is_done_while_the_store_is_gone_asks_to_be_started_again_and_is_registered_then(make_workspace, local_services):
+    workspace = make_workspace("gone")
+    port = str(urlsplit(local_services.environment["AWS_ENDPOINT_URL"]).port)
+    through_relay = {name: f"http://127.0.0.2:{port}" for name in ("AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")}
+    with (
+        subprocess.Popen([sys.executable, Path(__file__).with_name("relay.py"), "127.0.0.2", "127.0.0.1", port]) as relay,
+        workspace.log.open("w") as output,
+    ):
+        trainer = subprocess.Popen(
+            [sys.executable, "-c", HURRIED],
+            cwd=workspace.root,
+            env={**workspace.environment, **through_relay},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        workspace.wait_for("checkpoint 4 registered", trainer)
+        relay.kill()
+        assert trainer.wait(120) == EXIT_UNAVAILABLE, workspace.log.read_text()
+    told = workspace.log.read_text()
+    assert re.search("not registered: step 24: .*the store does not answer", told) and "run the same command again to register" in told, told
+
+    again = workspace.vrt("train")
+
+    assert again.returncode == 0 and "checkpoint 24 registered" in again.stdout, again.stdout
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a full disk is made by mounting a small one, which only root may")

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.training.conftest import validate
 from vrt.checkpoint.errors import SavesFail
 from vrt.checkpoint.folder import CheckpointFolder
+from vrt.lifecycle import ToldToStop
 from vrt.training import loop
 
 
@@ -76,6 +78,31 @@ def test_a_stop_request_ends_after_the_step_with_a_save_and_without_a_validation
     assert stopped.missing == []
     assert [row["step"] for row in stopped.state.history.rows if "val/psnr" in row] == [2, 3]
     assert set(stopped.files(4)) == {"4_G.pth", "4_E.pth", "4_optimizerG.pth", "4_history.jsonl"}
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 4, 6])
+def test_told_to_stop_during_a_validation_it_gives_that_up_and_saves(params, fresh, attempt, tmp_path, whole, stop_at: int):
+    state = fresh()
+
+    def told_meanwhile(network: nn.Module) -> loop.Validation:
+        if state.step == stop_at:
+            raise ToldToStop("received SIGTERM")
+        return validate(network)
+
+    stopped = attempt(params, tmp_path / "parts", state, validate=told_meanwhile)
+    assert not stopped.done and stopped.folder.steps()[0] == stop_at
+    assert not state.history.has(stop_at, "val/psnr")
+    if stop_at == 6:
+        # Nothing is left to train, but it is not done without.
+        state = fresh()
+        assert not attempt(params, tmp_path / "parts", state, validate=told_meanwhile).done
+
+    resumed = attempt(params, tmp_path / "parts", fresh())
+
+    assert resumed.done
+    assert resumed.state.history.rows == whole.state.history.rows
+    assert equal(resumed.state.network.state_dict(), whole.state.network.state_dict())
+    assert stop_at == 6 or resumed.files(6) == whole.files(6)
 
 
 class FailsAt(nn.Module):

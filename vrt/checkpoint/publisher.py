@@ -82,6 +82,7 @@ class Publisher:
         self._notes: dict[str, str] = {}
         self._files: dict[str, Mapping[str, bytes]] = {}
         self._trouble = ""
+        self._only_unanswered = True
         self._finishing = False
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
 
@@ -93,6 +94,11 @@ class Publisher:
     def lost(self) -> LeaseLost | None:
         """Why nothing is published any more, once another trainer has taken the lineage over."""
         return self._fence.lost if self._fence else None
+
+    @property
+    def may_arrive_later(self) -> bool:
+        """Whether what `finish` found missing only wants an answer of store or registry: then the same command registers it, once they give one."""
+        return self._only_unanswered and not (self._refused or self._refused_rows)
 
     def publish(self, manifest: Manifest, started: float | None = None) -> None:
         """Publish and register a committed checkpoint, in the background.
@@ -156,16 +162,16 @@ class Publisher:
                     return
             try:
                 self._work()
-                self._trouble, pause = "", SECONDS_BETWEEN_SENDS
+                self._trouble, self._only_unanswered, pause = "", True, SECONDS_BETWEEN_SENDS
             except LeaseLost as error:
-                self._trouble = str(error)
+                self._trouble, self._only_unanswered = str(error), False
                 return
             except Exception as error:
                 # Whatever it is, the training must go on and the checkpoint is safe on disk: say it and try again.
                 pause = min(2 * pause, LONGEST_PAUSE)
                 if str(error) != self._trouble:
                     log.warning("publishing is held up, training goes on: %s", error, exc_info=not isinstance(error, StoreUnavailable | LeaseLost))
-                self._trouble = str(error)
+                self._trouble, self._only_unanswered = str(error), isinstance(error, StoreUnavailable)
                 with self._changed:
                     self._changed.wait(1.0 if self._finishing else pause)
 

@@ -3,6 +3,7 @@
 Axes: B batch (1), D frames, C channels, H height, W width; lower-case h, w are those of the input.
 """
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 
 import torch
@@ -54,10 +55,13 @@ class Evaluation:
         return self.means.metrics()
 
 
-def evaluate(network: nn.Module, data: PreparedData, params: Params, split: str, limit: int | None = None) -> Evaluation:
+def evaluate(
+    network: nn.Module, data: PreparedData, params: Params, split: str, limit: int | None = None, after_tile: Callable[[], object] = lambda: None
+) -> Evaluation:
     """Restore and measure the first `limit` clips of a split (None: all), on whatever device the network is.
 
-    Uses `params.evaluate` for tiles and `params.network.upscale`. Draws nothing at random and leaves the network as it was.
+    Uses `params.evaluate` for tiles and `params.network.upscale`. Draws nothing at random and leaves the network as it was. What `after_tile`
+    raises, which is called after each, ends it.
 
     Raises ValueError if there is no clip, or the network returns NaN, infinity or another size than the truth; TooLittleMemory where not even
     the smallest tile fits.
@@ -67,11 +71,16 @@ def evaluate(network: nn.Module, data: PreparedData, params: Params, split: str,
     rows: list[ClipResult] = []
     applied = AnySize(Interpolating(network, params.network.img_size[0]) if _interpolates(params) else network, upscale)
     tiling = Tiling(applied, tile, overlap, upscale)
+
+    def advance(name: str) -> None:
+        bar.advance(clip=name)
+        after_tile()
+
     with progress(f"evaluate {split}", sum(tile_count(_input_size(clip, params), tile, overlap) for clip in clips), "tiles") as bar:
         for clip in clips:
             given = _Given(clip, params)
             measuring = Measuring(clip.name, clip.count, keep_middle=not rows, centre_only=params.evaluate.measured == "centre")
-            pieces = tiling.stream(given.read, _input_size(clip, params), progress=lambda name=clip.name: bar.advance(clip=name))
+            pieces = tiling.stream(given.read, _input_size(clip, params), progress=lambda name=clip.name: advance(name))
             for first, piece in pieces:
                 restored = piece[0, : max(0, clip.count - first)]
                 measuring.add(first, *given.pairs(first, len(restored)), restored)
@@ -81,9 +90,11 @@ def evaluate(network: nn.Module, data: PreparedData, params: Params, split: str,
     return Evaluation(split, INPUT_LABELS[params.degradation.kind], tuple(rows), means)
 
 
-def validate(network: nn.Module, data: PreparedData, params: Params, limit: int | None = None) -> Evaluation:
+def validate(
+    network: nn.Module, data: PreparedData, params: Params, limit: int | None = None, after_tile: Callable[[], object] = lambda: None
+) -> Evaluation:
     """`evaluate` on the validation split: what the trainer calls between steps."""
-    return evaluate(network, data, params, "val", limit)
+    return evaluate(network, data, params, "val", limit, after_tile)
 
 
 def _show_only_the_worst(rows: list[ClipResult]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from vrt.checkpoint.claims import claims_on
 from vrt.checkpoint.curator import Curator
-from vrt.checkpoint.errors import exit_code_of
+from vrt.checkpoint.errors import StoreUnavailable, exit_code_of
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.lease import Lease
 from vrt.checkpoint.lock import locked
@@ -27,8 +27,8 @@ from vrt.data.loading import training_batches
 from vrt.data.sampler import Share, check_sampling
 from vrt.distributed import PeerLost, Team, device_here, joined
 from vrt.evaluation.pictures import png, preview
-from vrt.evaluation.run import validate
-from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, StopRequest, within
+from vrt.evaluation.run import Evaluation, validate
+from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, EXIT_FAILED, EXIT_UNAVAILABLE, StopRequest, within
 from vrt.machine import MachineUse
 from vrt.model.block import compile_blocks
 from vrt.model.precision import computing
@@ -165,10 +165,11 @@ def lead(training: Training, started: float) -> int:
                     f"{keeper.saver.safe_step}"
                 )
         # Not done: this process or another of the training was told to stop.
-        if not conclude(keeper, "FINISHED" if done else "KILLED", lambda: not done or stop.reason is not None):
-            return EXIT_FAILED if done and stop.reason is None else EXIT_CONTINUE_ME
-        if not done:
+        code = conclude(keeper, "FINISHED" if done else "KILLED", lambda: not done or stop.reason is not None)
+        if not done or (code != EXIT_DONE and stop.reason is not None):
             return EXIT_CONTINUE_ME
+        if code != EXIT_DONE:
+            return code
         if changed_meanwhile(training.params_path, training.written, lineage):
             return EXIT_CONTINUE_ME
         leave_result(keeper.folder, state.step, state.history)
@@ -205,11 +206,15 @@ def train_from(state: TrainingState, training: Training, checkpoints: Checkpoint
     """Train on from `state`; False: stopped early."""
     params, data, team = training.params, training.data, training.team
     share = Share(team.rank, team.size)
+
+    def validation(network: torch.nn.Module) -> Validation:
+        return validated(validate(network, data, params, after_tile=training.stop.heed))
+
     at_once = clips_at_once(params, state, share, data, team)
     if params.train.compile:
         compile_blocks(state.network)
     with closing(training_batches(data, params, state.step + 1, params.train.total_steps, share)) as batches:
-        return train(params, state, batches, checkpoints, lambda network: validation(network, data, params), training.stop, team, at_once)
+        return train(params, state, batches, checkpoints, validation, training.stop, team, at_once)
 
 
 @contextmanager
@@ -262,15 +267,17 @@ def catch_up(keeper: Keeper, state: TrainingState) -> None:
         keeper.publisher.send(row)
 
 
-def validation(network: torch.nn.Module, data: PreparedData, params: Params) -> Validation:
+def validated(evaluation: Evaluation) -> Validation:
     """PSNR and SSIM on the validation clips, and a picture of one of them."""
-    evaluation = validate(network, data, params)
     scores = evaluation.metrics()
     return Validation({key: scores[key] for key in ("psnr", "ssim", "input_psnr")}, png(preview(*evaluation.preview_frames)))
 
 
-def conclude(keeper: Keeper, status: str, hurry: Callable[[], bool]) -> bool:
-    """Wait for everything to be registered, then set the run's status. False, with the reasons logged, where something is missing."""
+def conclude(keeper: Keeper, status: str, hurry: Callable[[], bool]) -> int:
+    """Wait for everything to be registered, then set the run's status.
+
+    Where something is missing it logs the reasons and returns EXIT_UNAVAILABLE, if it is only that services did not answer, or EXIT_FAILED.
+    """
     missing = keeper.publisher.finish(SECONDS_TO_PUBLISH, hurry)
     for reason in missing:
         log.error("not registered: %s", reason)
@@ -278,17 +285,19 @@ def conclude(keeper: Keeper, status: str, hurry: Callable[[], bool]) -> bool:
         log.error("what is committed is safe in %s; run the same command again to register what can be", keeper.folder.path)
     if keeper.lease.lost:
         # The run is its successor's now.
-        return False
+        return EXIT_FAILED
     try:
         told = "FAILED" if missing and status == "FINISHED" else status
         if not within(SECONDS_TO_PUBLISH, lambda: keeper.registry.close(told), hurry, SECONDS_TO_CLOSE):
             log.error("the run's status could not be set: MLflow gave no answer in time")
-            return False
+            return EXIT_UNAVAILABLE
     except Exception as error:
         # Whatever MLflow says to it, the checkpoints are registered or listed above.
         log.error("the run's status could not be set: %s", error)
-        return False
-    return not missing
+        return EXIT_UNAVAILABLE if isinstance(error, StoreUnavailable) else EXIT_FAILED
+    if not missing:
+        return EXIT_DONE
+    return EXIT_UNAVAILABLE if keeper.publisher.may_arrive_later else EXIT_FAILED
 
 
 def facts(lineage: Lineage, registry: Curator) -> dict:

@@ -14,7 +14,7 @@ from vrt.checkpoint.phases import Phase, reached
 from vrt.checkpoint.saver import unharmed
 from vrt.data.sampler import Batch
 from vrt.distributed import ALONE, Team
-from vrt.lifecycle import StopRequest
+from vrt.lifecycle import StopRequest, ToldToStop
 from vrt.model.block import place_in_batch
 from vrt.observe import log, progress
 from vrt.params import Params, Train
@@ -84,15 +84,17 @@ def train(
     """Train from `state.step` to `params.train.total_steps`. True: done. False: stopped early on request, with everything saved.
 
     `batches` yields (step, this process's share of the batch) for each step to do; `at_once` of its clips, or all, go through the network
-    together. Only the process that leads the team validates. An error, wherever it comes from, leaves only after the newest whole step was saved;
-    but FloatingPointError, raised where loss or weights are no numbers any more, leaves nothing of what they spoiled.
+    together. Only the process that leads the team validates; `validate` may raise ToldToStop, which makes of it a request to stop. An error,
+    wherever it comes from, leaves only after the newest whole step was saved; but FloatingPointError, raised where loss or weights are no
+    numbers any more, leaves nothing of what they spoiled.
     """
     plan = params.train
     saved = state.step
     with progress("train", plan.total_steps, "steps", done=state.step) as bar:
-        if team.leads and state.step and due(plan, state.step).validate and not state.history.has(state.step, "val/psnr"):
-            # The attempt before was stopped at this step and had no time to validate it.
-            validate_step(state, checkpoints, validate)
+        # The attempt before may have been stopped at this step, without the time to validate it.
+        owed = team.leads and state.step and due(plan, state.step).validate and not state.history.has(state.step, "val/psnr")
+        if owed and validate_step(state, checkpoints, validate) is None and state.step == plan.total_steps:
+            return False
         speed, shown, skipped = Speed(state.step), {}, 0
         try:
             for step, batch in batches:
@@ -106,8 +108,9 @@ def train(
                 preview = None
                 if now.validate and not stopping:
                     preview = validate_step(state, checkpoints, validate) if team.leads else None
+                    given_up = team.leads and preview is None
                     # A validation takes its time: who was told to stop meanwhile does not begin another step.
-                    stopping = step < plan.total_steps and team.any(stop.reason is not None)
+                    stopping = team.any(given_up or (step < plan.total_steps and stop.reason is not None))
                 if now.save or stopping:
                     checkpoints.save(state, preview)
                     saved = step
@@ -185,9 +188,13 @@ def due(plan: Train, step: int) -> Due:
     return Due(log=save or step == 1 or step % plan.log_every == 0, validate=validate, save=save or step == 1)
 
 
-def validate_step(state: TrainingState, checkpoints: Checkpoints, validate: Callable[[nn.Module], Validation]) -> bytes:
-    """Validate the released network, enter the result into the history, and return the preview."""
-    result = validate(state.released)
+def validate_step(state: TrainingState, checkpoints: Checkpoints, validate: Callable[[nn.Module], Validation]) -> bytes | None:
+    """Validate the released network, enter the result into the history, and return the preview; None: told to stop, it was given up."""
+    try:
+        result = validate(state.released)
+    except ToldToStop:
+        log.warning("step %d: its validation is given up; the next attempt makes up for it", state.step)
+        return None
     metrics = {f"val/{key}": value for key, value in result.metrics.items()}
     state.history.add(state.step, metrics)
     checkpoints.send({"step": state.step} | metrics)
