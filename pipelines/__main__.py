@@ -1,5 +1,6 @@
 """`python -m pipelines`: work for the deployments of prefect.yaml, so that `prefect deployment run train/vrt` works while this runs."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -10,9 +11,10 @@ import psutil
 
 from pipelines.process import PROJECT
 from vrt import services
-from vrt.lifecycle import SECONDS_TO_SAVE
+from vrt.lifecycle import SECONDS_TO_SAVE, write_nowhere
 
 POOL = "vrt"
+PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
@@ -21,22 +23,34 @@ def main() -> int:
     os.chdir(PROJECT)
     _prefect("work-pool", "create", POOL, "--type", "process", "--overwrite")
     _prefect("--no-prompt", "deploy", "--all")
+    print("deployed train/vrt, evaluate/vrt, promote/vrt and restore/vrt (prefect.yaml); this works for them until Ctrl-C", flush=True)
+    # In a group of its own, because Ctrl-C on a terminal reaches all of a group. Before any thread is started, which preexec_fn does not go with.
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
+    worker = subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent)  # noqa: PLW1509
+    received: list[int] = []
+    # Under nohup, outliving the terminal is what the user asked for.
+    hangup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else set()
+    for number in {signal.SIGTERM, signal.SIGINT} | hangup:
+        signal.signal(number, lambda number, _frame: received.append(number))
     # Prefect reads its address when it is imported.
     from pipelines import heartbeat
 
     heartbeat.ensure()
-    print("deployed train/vrt, evaluate/vrt, promote/vrt and restore/vrt (prefect.yaml); this works for them until Ctrl-C", flush=True)
-    # In a group of its own, because Ctrl-C on a terminal reaches all of a group.
-    worker = subprocess.Popen([sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"], process_group=0)
-    received: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _frame: received.append(number))
     while worker.poll() is None and not received:
         time.sleep(0.2)
+    if signal.SIGHUP in received:
+        # Its terminal is gone.
+        write_nowhere((1, 2))
     if received:
         print(f"received {signal.Signals(received[0]).name}: every run saves what it has, and ends", flush=True)
         end_runs(worker)
     return worker.wait() if not received else 0
+
+
+def _end_with_parent() -> None:
+    """In the worker before it is one: nobody would see that it still takes runs, should this process be killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_runs(worker: subprocess.Popen) -> None:

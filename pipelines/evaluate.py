@@ -6,7 +6,7 @@ from prefect import flow, get_run_logger
 from pydantic import Field
 
 from pipelines.process import run
-from pipelines.project import pull_raw_data
+from pipelines.project import PULL_RAW_DATA
 from pipelines.watch import report
 
 Selector = Annotated[str, Field(min_length=1)]
@@ -21,7 +21,7 @@ def evaluate(checkpoint: Selector = "latest", dataset: str | None = None) -> Non
         dataset: A folder below data/raw/, whose test clips are used; nothing: that of params.yaml.
     """
     logger = get_run_logger()
-    pull_raw_data(logger)
+    run(PULL_RAW_DATA, logger).check()
     chosen = ["--dataset", dataset] if dataset else []
     ended = run(["vrt", "evaluate", "--checkpoint", checkpoint, *chosen], logger, answers=True).check()
     report(f"```\n{ended.answer.strip()}\n```", "evaluation", f"{checkpoint} on {dataset or 'the data set of params.yaml'}", logger)

@@ -22,6 +22,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 SECONDS_BETWEEN_LOOKS = 0.5
 LINES_KEPT = 10
 
+DVC = ("dvc", "--wait-for-lock")
+"""Another run on this machine may be pulling, packing or pushing, for hours. DVC would give up after seconds."""
+
 Logger = logging.Logger | logging.LoggerAdapter
 
 
@@ -44,6 +47,8 @@ class Ended:
     """The last lines that it logged."""
     answer: str = ""
     """Its standard output, where that was asked for."""
+    of_stage: bool = False
+    """Whether the code is that of a stage."""
 
     def check(self) -> "Ended":
         """Itself. Raises CommandFailed, with the last lines, where the command failed."""
@@ -112,7 +117,8 @@ def run(
     finally:
         for reader in readers:
             reader.join()
-    return Ended(said, code_of_stage(tail) or code if code else 0, tuple(tail), "".join(answer))
+    of_stage = code_of_stage(tail) if code else None
+    return Ended(said, of_stage or code, tuple(tail), "".join(answer), of_stage is not None)
 
 
 def _wait(child: subprocess.Popen, interruption: Callable[[], Exception | None]) -> int:
@@ -122,6 +128,15 @@ def _wait(child: subprocess.Popen, interruption: Callable[[], Exception | None])
         except subprocess.TimeoutExpired:
             if reason := interruption():
                 raise reason from None
+
+
+def pause(seconds: float, interruption: Callable[[], Exception | None] = launcher_gone) -> None:
+    """Wait. Raises what `interruption` gives once there is a reason."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        if reason := interruption():
+            raise reason
+        time.sleep(0.2)
 
 
 def code_of_stage(lines: Iterable[str]) -> int | None:

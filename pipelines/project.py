@@ -9,7 +9,7 @@ from typing import Any
 from configobj import ConfigObj
 from ruamel.yaml import YAML
 
-from pipelines.process import PROJECT, Logger, run
+from pipelines.process import DVC, PROJECT
 from vrt.params import Params, fingerprint
 from vrt.status import STATUS
 from vrt.typed_yaml import ParamsError, parse, read_yaml
@@ -80,6 +80,9 @@ def make(project: Project) -> None:
         copy.parent.mkdir(exist_ok=True)
         if source.is_dir():
             shutil.copytree(source, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+            # Machines that train together compare their code.
+            for gone in [path for path in copy.rglob("*.py") if not (source / path.relative_to(copy)).exists()]:
+                gone.unlink()
         elif source.exists():
             shutil.copy2(source, copy)
     raw = project.folder / RAW
@@ -97,9 +100,5 @@ def make(project: Project) -> None:
     unfinished.replace(project.folder / PARAMS)
 
 
-def pull_raw_data(logger: Logger) -> None:
-    """Fetch the data sets that people added themselves.
-
-    Not everything: that would put the outputs of dvc.lock in place of newer ones.
-    """
-    run(["dvc", "pull", "--allow-missing", "--recursive", str(RAW)], logger).check()
+PULL_RAW_DATA = (*DVC, "pull", "--allow-missing", "--recursive", str(RAW))
+"""Fetches the data sets that people added themselves. Not everything: that would put the outputs of dvc.lock in place of newer ones."""

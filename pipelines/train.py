@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -16,8 +17,9 @@ from pydantic import Field
 
 from pipelines.attempts import LONGEST_PAUSE, Attempt, End, decide, end_of, table
 from pipelines.exclusive import InUse, the_only_run_of
-from pipelines.process import PROJECT, LauncherGone, run
-from pipelines.project import RECIPES, Project, make, plan, pull_raw_data
+from pipelines.outages import SECONDS_BETWEEN_TRIES, look, said, through_outages, unanswered
+from pipelines.process import DVC, PROJECT, LauncherGone, pause, run
+from pipelines.project import PULL_RAW_DATA, RECIPES, Project, make, plan
 from pipelines.summary import closing_page
 from pipelines.watch import NotWanted, Watch, report
 from vrt.lifecycle import EXIT_DONE, EXIT_UNAVAILABLE, MACHINES, MEET, PROCESSES, RESUME
@@ -25,9 +27,6 @@ from vrt.lifecycle import EXIT_DONE, EXIT_UNAVAILABLE, MACHINES, MEET, PROCESSES
 Recipe = StrEnum("Recipe", {path.stem: path.stem for path in sorted(RECIPES.glob("*.yaml"))})
 MEETING_POINT = r"^(\S+:[0-9]+)?$"
 RESUME_POLICY = r"^(auto|must|never|[0-9]+|fork [A-Za-z0-9][A-Za-z0-9._-]*@[0-9]+)$"
-
-# MLflow or S3 may be gone just when the training is done. Short pauses: a worker that dies is not noticed during one.
-PAUSES = [10, 20, *[30] * 26]
 
 # What would be done is not worth more waiting for a run that is at work.
 SECONDS_TO_REHEARSE = 1.0
@@ -43,31 +42,31 @@ def may_come_back(task: Task, task_run: TaskRun, state: State) -> bool:
 
 
 @task(name="see that all is there", cache_policy=NO_CACHE)
-def see_that_all_is_there(project: Project) -> None:
+def see_that_all_is_there(project: Project, told: Mapping[str, str]) -> None:
     """Before data are fetched and packed, and any hour of a GPU is spent. Raises GivenUp, with what is wrong and how to mend it."""
     logger = get_run_logger()
-    ended = run(["vrt", "doctor", "--json", "--before-preparing"], logger, project.folder, answers=True)
-    wrong = []
-    for finding in json.loads(ended.answer or "[]"):
-        line = "; ".join(filter(None, [f"{finding['subject']}: {finding['found']}", finding["remedy"]]))
-        (logger.info if finding["state"] == "ok" else logger.warning)("%s", line)
-        wrong += [line] if finding["state"] == "wrong" else []
     # Services that don't answer, and memory that another trainer still has, are waited for; all else needs a person.
-    if ended.code not in (EXIT_DONE, EXIT_UNAVAILABLE):
+    while (found := look(project, logger, told))[0].code == EXIT_UNAVAILABLE:
+        logger.warning("looking again in %.0f s", SECONDS_BETWEEN_TRIES)
+        pause(SECONDS_BETWEEN_TRIES)
+    ended, findings = found
+    if ended.code != EXIT_DONE:
+        wrong = [said(finding) for finding in findings if finding["state"] == "wrong"]
         raise GivenUp("`vrt doctor` finds that this training can't begin here:\n" + "\n".join(wrong or ended.tail))
 
 
 @task(name="pull data", cache_policy=NO_CACHE)
-def pull() -> None:
+def pull(project: Project) -> None:
     """Fetch raw data that people added."""
-    pull_raw_data(get_run_logger())
+    # Into the project's own folder, which workspaces look into.
+    through_outages(PULL_RAW_DATA, replace(project, folder=PROJECT), get_run_logger())
 
 
 @task(name="prepare data", cache_policy=NO_CACHE)
 def prepare(project: Project) -> None:
     """Pack the clips, where that is stale."""
     # --pull: what another machine made already and nothing changed since is fetched, not made again.
-    run(["dvc", "repro", "--pull", "prepare"], get_run_logger(), project.folder).check()
+    through_outages([*DVC, "repro", "--pull", "prepare"], project, get_run_logger())
 
 
 @task(name="train", cache_policy=NO_CACHE)
@@ -79,12 +78,16 @@ def train_to_the_end(project: Project, told: Mapping[str, str], retry_pause: flo
     logger = get_run_logger()
     attempts: list[Attempt] = []
     # A policy other than auto asks for something to be trained, whatever DVC believes to be up to date.
-    command = ["dvc", "repro", "--single-item", "--force", "train"] if RESUME in told else ["dvc", "repro", "--pull", "train"]
+    command = [*DVC, "repro", *(["--single-item", "--force"] if RESUME in told else ["--pull"]), "train"]
     while not attempts or attempts[-1].end is not End.DONE:
         with Watch(project.status, logger) as watch:
             started = time.time()
             ended = run(command, logger, project.folder, told, watch.interruption)
-            attempts.append(Attempt(end_of(ended.code), ended.code, started, watch.status(), "\n".join(ended.tail)))
+            code = ended.code
+            if code > 0 and not ended.of_stage and unanswered(project, logger):
+                # DVC itself failed, for want of its remote: the trainer was not even started, or what it made not kept.
+                code = EXIT_UNAVAILABLE
+            attempts.append(Attempt(end_of(code), code, started, watch.status(), "\n".join(ended.tail)))
             if attempts[-1].end is End.DONE:
                 break
             if attempts[-1].code < 0:
@@ -95,38 +98,33 @@ def train_to_the_end(project: Project, told: Mapping[str, str], retry_pause: flo
                 report(table(attempts), "attempts", "The attempts at this training", logger)
                 raise GivenUp(verdict.why)
             logger.warning("attempt %d: %s; starting again in %.0f s", len(attempts), verdict.why, verdict.pause)
-            _pause(verdict.pause, watch)
+            pause(verdict.pause, watch.interruption)
     return attempts
-
-
-def _pause(seconds: float, watch: Watch) -> None:
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        if reason := watch.interruption():
-            raise reason
-        time.sleep(0.2)
 
 
 @task(name="evaluate", cache_policy=NO_CACHE)
 def evaluate(project: Project) -> None:
     """Measure the trained model on the test clips, where that is stale."""
-    run(["dvc", "repro", "--pull", "evaluate"], get_run_logger(), project.folder).check()
+    through_outages([*DVC, "repro", "--pull", "evaluate"], project, get_run_logger())
 
 
-@task(name="verify what is registered", cache_policy=NO_CACHE, retries=len(PAUSES), retry_delay_seconds=PAUSES, retry_condition_fn=may_come_back)
+@task(name="verify what is registered", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=may_come_back)
 def verify(project: Project) -> list[dict[str, Any]]:
     """Read the newest checkpoint back from the store, byte by byte. Returns all checkpoints of the training."""
     logger = get_run_logger()
-    checkpoints = json.loads(run(["vrt", "checkpoints", "list", "--json"], logger, project.folder, answers=True).check().answer)["checkpoints"]
+    listed = through_outages(["vrt", "checkpoints", "list", "--json"], project, logger, answers=True)
+    checkpoints = json.loads(listed.answer)["checkpoints"]
     newest = max(row["step"] for row in checkpoints if row["registered"])
-    run(["vrt", "checkpoints", "verify", str(newest)], logger, project.folder).check()
+    # A machine that found nothing left to train may have older ones only, and lacks this one.
+    for action in ("fetch", "verify"):
+        through_outages(["vrt", "checkpoints", action, str(newest)], project, logger)
     return checkpoints
 
 
-@task(name="push data and models", cache_policy=NO_CACHE, retries=len(PAUSES), retry_delay_seconds=PAUSES, retry_condition_fn=may_come_back)
+@task(name="push data and models", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10, retry_condition_fn=may_come_back)
 def push(project: Project) -> None:
     """Keep data and model in DVC's remote."""
-    run(["dvc", "push"], get_run_logger(), project.folder).check()
+    through_outages([*DVC, "push"], project, get_run_logger())
 
 
 @flow(name="train", log_prints=True)
@@ -172,14 +170,14 @@ def train(
         if dry_run:
             with nullcontext() if project.folder == PROJECT else the_only_run_of(key, logger, SECONDS_TO_REHEARSE):
                 make(project)
-            pull()
+            pull(project)
             report(rehearsal(project, resume), "plan", "What this run would do", logger)
             return None
         # One run at a time from here on: it writes the params that others would be reading, and wants the memory that their trainer has.
         with the_only_run_of(key, logger):
             make(project)
-            see_that_all_is_there(project)
-            pull()
+            see_that_all_is_there(project, told)
+            pull(project)
             prepare(project)
             attempts = train_to_the_end(project, told, retry_pause)
             evaluate(project)
@@ -195,7 +193,7 @@ def train(
 def rehearsal(project: Project, resume: str) -> str:
     """What a run would do, as a page in markdown. Trains nothing."""
     logger = get_run_logger()
-    stale = run(["dvc", "status"], logger, project.folder, answers=True).check().answer
+    stale = run([*DVC, "status"], logger, project.folder, answers=True).check().answer
     known = run(["vrt", "checkpoints", "list", "--json"], logger, project.folder, answers=True)
     # Before its data are prepared a training has no lineage.
     listed = json.loads(known.answer) if known.code == 0 else {"lineage": f"a new training {project.params.name}", "checkpoints": []}

@@ -1,13 +1,17 @@
 """What a flow run survives, and what the next one takes over from it: killed workers, killed runs, vanished machines, servers that go away."""
 
+import fcntl
+import re
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from tests.footage import moving, write_video
 from tests.pipelines.conftest import at_work as working
@@ -56,6 +60,15 @@ def test_when_the_flow_is_killed_the_trainer_saves_and_ends_and_the_next_run_com
     assert worker.settled(run).state_name == "Crashed"
     assert worker.settled(worker.start("train/vrt", retry_pause=0)).state_name == "Completed"
     assert_same_training(uninterrupted, worker.workspace)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+def test_when_make_serve_loses_its_terminal_or_is_killed_no_worker_goes_on_taking_runs(worker, number: signal.Signals):
+    run = begun(worker, overrides=ENDLESS)
+    left = worker.process.children(recursive=True)
+    worker.process.send_signal(number)
+    nothing_left(left)
+    assert worker.settled(run).state_name == "Crashed"
 
 
 def test_when_the_worker_is_killed_everything_saves_and_ends_and_the_next_run_completes_it(worker, uninterrupted):
@@ -135,6 +148,59 @@ def test_while_prefect_is_gone_a_training_goes_on_and_afterwards_it_can_be_cance
     assert worker.settled(run).state_name in ("Cancelled", "Crashed")
 
 
+def test_while_the_store_is_gone_a_run_waits_wherever_it_is(worker, uninterrupted, local_services):
+    store = servers.mark("s3", local_services.home / "services")
+
+    def gone_until(text: str) -> None:
+        worker.wait_for(text)
+        local.up(local_services.home)
+
+    run = begun(worker)
+    process.stop([store])
+    (trainer,) = worker.trainers()
+    trainer.kill()
+    # DVC does not even start a trainer. More often than a training is started again that crashes.
+    gone_until("attempt 5: a service does not answer")
+    assert worker.settled(run).state_name == "Completed"
+    ends = [line.split(" | ")[1] for line in worker.artifacts(run)["result"].splitlines() if re.match(r"\| \d+ \| ", line)]
+    assert ends[0] == "crashed: killed by SIGKILL" and ends[-1] == "done"
+    assert set(ends[1:-1]) == {"a service did not answer"} and len(ends) > 5
+    assert_same_training(uninterrupted, worker.workspace)
+
+    process.stop([store])
+    run = worker.start("train/vrt", retry_pause=0)
+    gone_until("looking again in 30 s")
+    worker.wait_for("$ vrt checkpoints verify 24")
+    process.stop([store])
+    gone_until("needs a service that does not answer; trying again in 30 s")
+    assert worker.settled(run).state_name == "Completed"
+
+
+def test_a_run_waits_for_the_lock_that_another_command_of_dvc_holds(worker):
+    lock = Path(worker.workspace.root / ".dvc/tmp/lock")
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("a+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        run = worker.start("train/vrt", retry_pause=0)
+        worker.wait_for("$ dvc --wait-for-lock pull")
+        # DVC's own patience is three seconds.
+        time.sleep(10)
+        assert worker.look(run).state_name == "Running"
+    assert worker.settled(run).state_name == "Completed"
+
+
+def test_a_machine_that_finds_nothing_left_to_train_fetches_what_it_reads_back(worker):
+    assert worker.settled(worker.start("train/vrt", retry_pause=0)).state_name == "Completed"
+    (folder,) = (path for path in (worker.workspace.root / "checkpoints").iterdir() if path.is_dir())
+    # As where only the beginning was trained, and the rest elsewhere.
+    for path in folder.glob("24_*"):
+        path.unlink()
+    run = worker.start("train/vrt", retry_pause=0)
+    assert worker.settled(run).state_name == "Completed", worker.workspace.log.read_text()
+    assert "Nothing was left to train" in worker.artifacts(run)["result"]
+    assert (folder / "24_manifest.json").exists()
+
+
 def test_a_flow_called_in_python_needs_no_server(make_workspace, uninterrupted):
     workspace = make_workspace("direct")
     script = "from pipelines.train import train; train(retry_pause=0)"
@@ -153,6 +219,10 @@ def test_what_doctor_finds_wrong_ends_a_run_before_anything_is_fetched_or_packed
     assert "`vrt doctor` finds that this training can't begin here" in found.state.message and "no data set data/raw/nowhere" in found.state.message
     assert "$ dvc" not in worker.workspace.log.read_text()
 
+    run = worker.start("train/vrt", overrides={"name": "unshared", "train.batch_size": 2}, processes=3)
+    assert "train.batch_size 2: expected a multiple of the 3 processes that share it" in worker.settled(run).state.message
+    assert "$ dvc" not in worker.workspace.log.read_text()
+
     # What only packed clips tell, the trainer refuses.
     run = worker.start("train/vrt", overrides={"name": "too-large", "train.crop": 4096})
     found = worker.settled(run)
@@ -162,7 +232,9 @@ def test_what_doctor_finds_wrong_ends_a_run_before_anything_is_fetched_or_packed
 
 def test_a_rank_that_dies_costs_a_run_of_several_processes_one_attempt(worker):
     worker.workspace.edit(train__batch_size=2)
-    run = begun(worker, processes=2)
+    # On a machine with a single GPU they train on its CPU.
+    environment = {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.device_count() == 1 else {}
+    run = begun(worker, processes=2, environment=environment)
     ranks = [child for child in worker.process.children(recursive=True) if child.environ().get("LOCAL_RANK")]
     assert len(ranks) == 2
     next(rank for rank in ranks if rank.environ()["RANK"] == "1").kill()
@@ -174,8 +246,10 @@ def test_a_rank_that_dies_costs_a_run_of_several_processes_one_attempt(worker):
     nothing_left(ranks)
     attempts = [line for line in worker.artifacts(run)["result"].splitlines() if line.startswith(("| 1 |", "| 2 |"))]
     assert "crashed: PeerLost: rank 0 of 2" in attempts[0] and "| done |" in attempts[1], attempts
+    went_on_after = int(attempts[1].split("|")[3])
+    assert went_on_after >= 4, attempts
 
-    cancelled = begun(worker, processes=2, overrides=ENDLESS | {"name": "cancelled-together"})
+    cancelled = begun(worker, processes=2, environment=environment, overrides=ENDLESS | {"name": "cancelled-together"})
     everything = [process for engine in worker.process.children() for process in engine.children(recursive=True)]
     assert len(everything) >= 5
     worker.prefect("flow-run", "cancel", cancelled)

@@ -134,6 +134,9 @@ def test_a_pod_has_a_gpu_shared_memory_time_to_save_and_no_secret_of_its_own(con
     assert pod["volumes"][0]["emptyDir"] == {"medium": "Memory", "sizeLimit": "8Gi"}
     assert container["volumeMounts"] == [{"name": "shared-memory", "mountPath": "/dev/shm"}]
     assert pod["terminationGracePeriodSeconds"] > 2 * SECONDS_TO_SAVE
+    # GPUs, and the machines that Google's and Azure's clouds may take away; Amazon's have no taint of their own.
+    taints = {"nvidia.com/gpu", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"}
+    assert taints <= {toleration["key"] for toleration in pod["tolerations"]}
     assert container["envFrom"] == [{"secretRef": {"name": "vrt-servers"}}]
     # Of a worker's own settings Prefect hands on its own.
     assert all(variable["name"].startswith("PREFECT_") for variable in container["env"])

@@ -46,9 +46,11 @@ def test_a_workspace_has_the_stages_the_params_and_the_projects_raw_data_and_kee
     there = type(project)(tmp_path / "workspace", project.params)
     make(there)
     (there.folder / "dvc.lock").write_text("its own")
+    (there.folder / "vrt/removed_since.py").touch()
     make(there)
     assert load_params(there.folder / "params.yaml") == project.params
     assert (there.folder / "dvc.lock").read_text() == "its own"
+    assert not (there.folder / "vrt/removed_since.py").exists()
     assert (there.folder / "vrt/cli.py").read_bytes() == (PROJECT / "vrt/cli.py").read_bytes()
     assert os.path.samefile(there.folder / "data/raw", PROJECT / "data/raw")
     assert f"dir = {PROJECT / '.dvc/cache'}" in (there.folder / ".dvc/config.local").read_text()

@@ -40,7 +40,8 @@ def test_crashed_and_preempted_a_run_completes_as_if_nothing_had_happened(worker
     assert "checkpoint 24 registered" in worker.prefect("flow-run", "logs", run), "the stages' output belongs in the flow's log"
     assert "was killed; its run in MLflow says so now" in log
     assert re.search(r"\d+ files? pushed", log), log
-    began = [log.index(f"$ {command}") for command in ("vrt doctor", "dvc pull", "dvc repro --pull prepare", "dvc repro --pull train")]
+    of_dvc = [f"dvc --wait-for-lock {words}" for words in ("pull", "repro --pull prepare", "repro --pull train")]
+    began = [log.index(f"$ {command}") for command in ("vrt doctor", *of_dvc)]
     assert began == sorted(began), "packing a large data set takes hours: what is missing is told before"
 
     again = workspace.run("dvc", "repro")
