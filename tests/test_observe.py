@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from vrt.observe import without_credentials
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 # Works through 100 units of a second each; the clock is the script's own.
@@ -61,3 +63,18 @@ def test_the_end_of_a_long_task_is_told_whenever_it_comes():
 
 def test_a_short_task_is_silent():
     assert lines(0, 4)[:-1] == []
+
+
+@pytest.mark.parametrize(
+    "address, kept",
+    [
+        ("https://user:secret@host.org/team/vrt.git", "https://host.org/team/vrt.git"),
+        ("https://token@host.org:8443/vrt.git", "https://host.org:8443/vrt.git"),
+        ("https://host.org/vrt.git", "https://host.org/vrt.git"),
+        ("git@host.org:team/vrt.git", "git@host.org:team/vrt.git"),
+        ("/srv/vrt.git", "/srv/vrt.git"),
+        ("", ""),
+    ],
+)
+def test_an_address_is_shown_without_what_opens_it(address, kept):
+    assert without_credentials(address) == kept

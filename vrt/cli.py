@@ -86,10 +86,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "train":
             told = f"overrides checkpoints.resume (as ${RESUME} does): auto, must, never, a step to go back to, or 'fork LINEAGE@STEP'"
             command.add_argument("--resume", metavar="POLICY", default=os.environ.get(RESUME) or None, help=told)
-            told = f"overrides train.processes (as ${PROCESSES} does): processes on this machine, or auto, one per GPU"
-            command.add_argument("--processes", metavar="N", type=_processes, default=os.environ.get(PROCESSES) or None, help=told)
-            told = f"machines that train together (or ${MACHINES}): run the same command on each, with the same --meet"
-            command.add_argument("--machines", metavar="N", type=_positive, default=os.environ.get(MACHINES) or 1, help=told)
+            _add_processes(command)
             told = f"where the machines meet (or ${MEET}): a free port of one of them"
             command.add_argument("--meet", metavar="HOST:PORT", default=os.environ.get(MEET) or None, help=told)
     recipes = commands.add_parser("recipes", help="list the recipes: the nine published trainings and the quickstart, and what each needs")
@@ -102,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="whether all that a training needs is there and works, and how to mend what does not")
     doctor.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: params.yaml)")
     doctor.add_argument("--json", action="store_true", help="for programs")
+    _add_processes(doctor)
     doctor.add_argument("--before-preparing", action="store_true", help="look at the raw data set alone: data/prepared/ is made anew after that")
     doctor.set_defaults(run=_doctor)
     drill = commands.add_parser("drill", help="prove by killing, on your own services and recipe, that nothing is lost")
@@ -115,6 +113,13 @@ def parser() -> argparse.ArgumentParser:
     drill.set_defaults(run=_drill)
     commands.add_parser("demo", help="everything at once: services, data, training, evaluation, and where to look").set_defaults(run=_demo)
     return top
+
+
+def _add_processes(command: argparse.ArgumentParser) -> None:
+    told = f"overrides train.processes (as ${PROCESSES} does): processes on this machine, or auto, one per GPU"
+    command.add_argument("--processes", metavar="N", type=_processes, default=os.environ.get(PROCESSES) or None, help=told)
+    told = f"machines that train together (or ${MACHINES}): run the same command on each, with the same --meet"
+    command.add_argument("--machines", metavar="N", type=_positive, default=os.environ.get(MACHINES) or 1, help=told)
 
 
 def _positive(text: str) -> int:
@@ -169,7 +174,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from vrt.stages.doctor import run_doctor
 
     _lead_to_services()
-    return run_doctor(args.params, args.json, args.before_preparing)
+    return run_doctor(args.params, args.processes, args.machines, args.json, args.before_preparing)
 
 
 def _drill(args: argparse.Namespace) -> int:

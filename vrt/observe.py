@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from urllib.parse import urlsplit, urlunsplit
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -92,3 +93,11 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
         # It draws once more: not on a terminal that was closed.
         with suppress(OSError):
             live.stop()
+
+
+def without_credentials(address: str) -> str:
+    """An address without the user and password that it may hold."""
+    parts = urlsplit(address)
+    if not parts.hostname or "@" not in parts.netloc:
+        return address
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

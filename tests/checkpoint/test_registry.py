@@ -236,6 +236,10 @@ def test_a_server_that_is_gone_is_an_outage(named, monkeypatch, unused_port):
     for call in (lambda: registry.open({}, {}), registry.registered, lambda: registry.send(ROWS), lambda: registry.close("FINISHED")):
         with pytest.raises(StoreUnavailable, match=f"MLflow at {address} does not answer .*; see `vrt services status`"):
             call()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:secret@127.0.0.1:{unused_port}")
+    with pytest.raises(StoreUnavailable, match=f"MLflow at {address} does not answer") as told:
+        registry.registered()
+    assert "secret" not in str(told.value) and "secret" not in registry.page
 
 
 @pytest.fixture

@@ -5,15 +5,17 @@ import http.server
 import json
 import re
 import shutil
+import socket
 import threading
 from pathlib import Path
 
 import boto3
 import pytest
+import torch
 
 from tests.wrong_clock import set_clock
 from vrt.checkpoint.errors import StoreRefuses
-from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_UNAVAILABLE
+from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_UNAVAILABLE, MACHINES, PROCESSES
 from vrt.params import load_params
 from vrt.stages import doctor
 from vrt.stages.doctor import verdict
@@ -49,7 +51,7 @@ def test_where_everything_works_it_says_so_and_leaves_nothing(here, services):
     ended = here.vrt("doctor", "--json")
     findings = {finding["subject"]: finding for finding in json.loads(ended.stdout)}
     assert ended.returncode == EXIT_DONE, ended.stdout
-    assert list(findings) == ["processor", "memory", "disk", "data", "MLflow", "S3", "DVC remote", "clock", "Prefect", "git"]
+    assert list(findings) == ["processor", "processes", "memory", "disk", "data", "MLflow", "S3", "DVC remote", "clock", "Prefect", "git"]
     assert {subject for subject, finding in findings.items() if finding["state"] != "ok"} == {"git"}, findings
     assert "an object was written, listed, read and deleted" in findings["S3"]["found"]
     assert findings["git"]["remedy"] == "runs will not name their code: `git init`, `git commit`"
@@ -62,6 +64,46 @@ def test_services_that_are_gone_are_named_with_what_to_run(here):
     ended = here.vrt("doctor", variables={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "PREFECT_API_URL": "http://127.0.0.1:9/api"})
     assert ended.returncode == EXIT_UNAVAILABLE
     assert "a training can't start yet: MLflow, S3" in ended.stdout and "`vrt services up`" in ended.stdout
+
+
+def test_a_service_that_takes_questions_and_answers_none_holds_nobody_up(here, services, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(doctor, "SECONDS_FOR_A_STORE", 1)
+        for variable in ("AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL"):
+            monkeypatch.setenv(variable, address)
+        finding = doctor.in_time("S3", of_s3)
+        assert (finding.state, finding.found) == ("unavailable", "no answer within 1 s")
+        assert doctor.in_time("DVC remote", doctor.remote).state == "ok", "which is another server"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        findings = {finding.subject: finding for finding in doctor.examine(load_params(Path("params.yaml")), 1, before_preparing=False)}
+        assert findings["MLflow"].found == "no answer within 1 s" and findings["S3"].remedy == "mend MLflow first"
+
+
+def test_processes_that_a_training_refuses_are_told_before(here, monkeypatch):
+    def judged(machines: int = 1, **values: object) -> Finding:
+        here.edit(**{f"train__{key}": value for key, value in values.items()})
+        return doctor.processes(load_params(Path("params.yaml")), machines)
+
+    try:
+        assert judged(batch_size=4, processes=2) == Finding("processes", "ok", "2, for batches of 4 clips")
+        assert judged(machines=2) == Finding("processes", "ok", "2 on each of 2 machines, for batches of 4 clips")
+        shared = Finding(
+            "processes",
+            "wrong",
+            "train.batch_size 4: expected a multiple of the 6 processes that share it",
+            "choose a number of processes that divides it",
+        )
+        assert judged(machines=3) == shared
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        refused = judged()
+        assert refused.state == "wrong" and refused.found == "train.processes 2: expected at most one for each of the 1 GPUs here"
+        assert refused.remedy == "lower it, or set it to auto"
+        # As the launcher, such as the flow, says it.
+        wrong = wrong_of(here.vrt("doctor", "--json", variables={PROCESSES: "2", MACHINES: "3"}))
+        assert [finding["found"] for finding in wrong] == [shared.found]
+    finally:
+        here.edit(train__batch_size=1, train__processes=1)
 
 
 def test_a_wrong_key_is_told_from_a_store_that_is_gone(here, monkeypatch):

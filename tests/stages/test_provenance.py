@@ -9,22 +9,7 @@ import pytest
 from tests.same_training import lineages
 from vrt.services import project, state
 from vrt.stages import provenance
-from vrt.stages.provenance import CODE, ENVIRONMENT, differences, without_credentials
-
-
-@pytest.mark.parametrize(
-    "remote, kept",
-    [
-        ("https://user:secret@host.org/team/vrt.git", "https://host.org/team/vrt.git"),
-        ("https://token@host.org:8443/vrt.git", "https://host.org:8443/vrt.git"),
-        ("https://host.org/vrt.git", "https://host.org/vrt.git"),
-        ("git@host.org:team/vrt.git", "git@host.org:team/vrt.git"),
-        ("/srv/vrt.git", "/srv/vrt.git"),
-        ("", ""),
-    ],
-)
-def test_an_address_is_kept_without_what_opens_it(remote, kept):
-    assert without_credentials(remote) == kept
+from vrt.stages.provenance import CODE, ENVIRONMENT, differences
 
 
 def test_what_differs_is_told_by_key():
@@ -56,6 +41,8 @@ def test_without_git_the_version_is_that_of_the_image_or_unknown(monkeypatch):
 def test_changes_are_recorded_so_that_they_can_be_applied_whatever_the_users_settings(tmp_path, monkeypatch):
     repository, settings = tmp_path / "code", tmp_path / "gitconfig"
     (repository / "inner").mkdir(parents=True)
+    (repository / ".dvc").mkdir()
+    (repository / ".dvc/config").write_text("# of DVC\n")
     for name in ("inner/a.py", "b.py"):
         (repository / name).write_text("before\n")
     git(repository, "init", "--quiet")
@@ -65,13 +52,18 @@ def test_changes_are_recorded_so_that_they_can_be_applied_whatever_the_users_set
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings))
     for name in ("inner/a.py", "b.py"):
         (repository / name).write_text("after\n")
+    (repository / ".dvc/config").write_text("secret_access_key = secret\n")
     # As in a package below the repository.
     monkeypatch.setattr(provenance, "__file__", str(repository / "inner" / "provenance.py"))
     monkeypatch.chdir(tmp_path)
     changes = provenance.collect(tmp_path / "params.yaml")[provenance.CHANGES]
+    assert b"secret" not in changes
     git(repository, "checkout", "--quiet", ".")
     subprocess.run(["git", "apply", "--index", "-"], cwd=repository, check=True, input=changes)
     assert [(repository / name).read_text() for name in ("inner/a.py", "b.py")] == ["after\n"] * 2
+    git(repository, "commit", "--quiet", "--all", "--message", "two")
+    (repository / ".dvc/config").write_text("secret_access_key = secret\n")
+    assert not provenance.code_version().endswith("+changes")
 
 
 def git(folder, *arguments: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vrt.checkpoint.errors import CheckpointError, StoreRefuses, StoreUnavailable
+from vrt.observe import without_credentials
 
 EXPERIMENT = "vrt"
 LEASE_KIND = "vrt.lease_kept_in"
@@ -235,7 +236,7 @@ class MlflowRun:
     @property
     def page(self) -> str:
         """The address where people browse the run; known without asking, so that an outage can't spoil the end of a training."""
-        return f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
+        return f"{without_credentials(os.environ['MLFLOW_TRACKING_URI']).rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
 
     @contextmanager
     def guarded(self) -> Iterator:
@@ -255,19 +256,20 @@ class MlflowRun:
             if outage or error.error_code in OUTAGES:
                 raise _unavailable(address, error) from error
             if error.error_code in REFUSALS:
-                raise StoreRefuses(f"MLflow at {address} refused ({_reason(error)}); {CHECK_MLFLOW}") from error
+                raise StoreRefuses(f"MLflow at {without_credentials(address)} refused ({_reason(error, address)}); {CHECK_MLFLOW}") from error
             raise
         except requests.RequestException as error:
             raise _unavailable(address, error) from error
 
 
 def _unavailable(address: str, error: Exception) -> StoreUnavailable:
-    return StoreUnavailable(f"MLflow at {address} does not answer ({_reason(error)}); see `vrt services status`")
+    return StoreUnavailable(f"MLflow at {without_credentials(address)} does not answer ({_reason(error, address)}); see `vrt services status`")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, address: str) -> str:
+    said = (str(error) or type(error).__name__).replace(address, without_credentials(address))
     # What was asked comes first in it, and at length; why there was no answer comes last.
-    return (str(error) or type(error).__name__).splitlines()[0].rpartition("Caused by ")[2][:200]
+    return said.splitlines()[0].rpartition("Caused by ")[2][:200]
 
 
 def lease_address(artifacts: str, lineage: str) -> str:

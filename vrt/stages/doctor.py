@@ -1,5 +1,6 @@
 """`vrt doctor`: whether everything that a training needs is there and works, and how to mend what does not. Takes seconds, changes nothing."""
 
+import http.client
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import asdict
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -23,25 +25,32 @@ from vrt.data.cli import PREPARED, RAW
 from vrt.data.clips import PreparedData
 from vrt.data.errors import DataError
 from vrt.data.sampler import check_sampling
-from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_UNAVAILABLE
+from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_UNAVAILABLE, within
+from vrt.observe import without_credentials
 from vrt.params import Params, load_params
 from vrt.services.remote import dvc_remote
 from vrt.stages import graphics
 from vrt.stages.finding import Finding
 from vrt.stages.room import disk, memory
+from vrt.stages.together import processes_here
 
 # S3 refuses requests from a clock that is a quarter of an hour off; leases are judged by the local clock alone.
 MOST_SECONDS_OFF = 60
 SECONDS_TO_ANSWER = 5
+SECONDS_FOR_A_STORE = 15
+"""For several questions, one after another."""
 SYNCHRONISE = "synchronise this clock and the server's by NTP: S3 refuses requests from a wrong clock"
 
 
-def run_doctor(params_path: Path, as_json: bool, before_preparing: bool) -> int:
+def run_doctor(params_path: Path, processes: int | str | None, machines: int, as_json: bool, before_preparing: bool) -> int:
     """Look at everything, print what was found. Returns the exit code: 0 where a training can start, 69 where only waiting may help, else 2.
 
-    Raises ParamsError where the params file is wrong.
+    `processes` on each of `machines` are to train; None: as many as the params say. Raises ParamsError where the params file is wrong.
     """
-    findings = examine(load_params(params_path), before_preparing)
+    params = load_params(params_path)
+    if processes is not None:
+        params = params.model_copy(update={"train": params.train.model_copy(update={"processes": processes})})
+    findings = examine(params, machines, before_preparing)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -49,11 +58,30 @@ def run_doctor(params_path: Path, as_json: bool, before_preparing: bool) -> int:
     return verdict(findings)
 
 
-def examine(params: Params, before_preparing: bool) -> list[Finding]:
+def examine(params: Params, machines: int, before_preparing: bool) -> list[Finding]:
     """All findings. `before_preparing`: clips that were prepared earlier are about to be replaced, so that they don't count."""
-    of_mlflow, home = mlflow(params)
+    homes: list[str | None] = []
+
+    def of_mlflow() -> Finding:
+        finding, home = mlflow(params)
+        homes.append(home)
+        return finding
+
     of_data = raw_data(params) if before_preparing else data(params)
-    return [processor(params), memory(params), disk(params), of_data, of_mlflow, s3(home), remote(), clock(home), prefect(), git()]
+    found = [processor(params), processes(params, machines), memory(params), disk(params), of_data]
+    found.append(in_time("MLflow", of_mlflow))
+    (home,) = homes or [None]
+    found += [in_time("S3", lambda: s3(home)), in_time("DVC remote", remote)]
+    return [*found, in_time("clock", lambda: clock(home)), prefect(), git()]
+
+
+def in_time(subject: str, look: Callable[[], Finding]) -> Finding:
+    """What `look` finds of a service, or that there was no answer in time."""
+    found: list[Finding] = []
+    if within(SECONDS_FOR_A_STORE, lambda: found.append(look())):
+        return found[0]
+    remedy = "see whether that server is overloaded, or a firewall between drops what is sent to it"
+    return Finding(subject, "unavailable", f"no answer within {SECONDS_FOR_A_STORE} s", remedy)
 
 
 def verdict(findings: list[Finding]) -> int:
@@ -71,6 +99,17 @@ def processor(params: Params) -> Finding:
     if params.train.threads > cores:
         return Finding("processor", "warning", f"train.threads is {params.train.threads}, but there are {cores} cores", f"set train.threads: {cores}")
     return Finding("processor", "ok", found)
+
+
+def processes(params: Params, machines: int) -> Finding:
+    """Whether as many processes as asked for can share a batch, and have a GPU each where there are some."""
+    try:
+        count = processes_here(params, params.train.processes, machines)
+    except ValueError as error:
+        found, _, remedy = str(error).rpartition("; ")
+        return Finding("processes", "wrong", found, remedy)
+    on = f" on each of {machines} machines" if machines > 1 else ""
+    return Finding("processes", "ok", f"{count}{on}, for batches of {params.train.batch_size} clips")
 
 
 def data(params: Params) -> Finding:
@@ -106,7 +145,7 @@ def mlflow(params: Params) -> tuple[Finding, str | None]:
         return Finding("MLflow", "unavailable", str(error), "`vrt services up`, or set MLFLOW_TRACKING_URI"), None
     except CheckpointError as error:
         return Finding("MLflow", "wrong", str(error), "start MLflow with `--default-artifact-root s3://BUCKET` and rename that experiment"), None
-    return Finding("MLflow", "ok", f"{os.environ['MLFLOW_TRACKING_URI']} answers; artifacts go to {home}"), home
+    return Finding("MLflow", "ok", f"{without_credentials(os.environ['MLFLOW_TRACKING_URI'])} answers; artifacts go to {home}"), home
 
 
 def s3(home: str | None) -> Finding:
@@ -171,7 +210,7 @@ def _ahead_of_s3(home: str | None) -> float | None:
 
 def _ahead_of_mlflow() -> float | None:
     try:
-        with urllib.request.urlopen(os.environ.get("MLFLOW_TRACKING_URI", ""), timeout=SECONDS_TO_ANSWER) as answer:
+        with urllib.request.urlopen(without_credentials(os.environ.get("MLFLOW_TRACKING_URI", "")), timeout=SECONDS_TO_ANSWER) as answer:
             told = answer.headers.get("Date")
     except (OSError, ValueError):
         return None
@@ -183,13 +222,14 @@ def prefect() -> Finding:
     address = os.environ.get("PREFECT_API_URL")
     if not address:
         return Finding("Prefect", "warning", "no address", "only deployments need it: `vrt services up`, or set PREFECT_API_URL")
+    shown = without_credentials(address)
     try:
         with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER):
-            return Finding("Prefect", "ok", f"{address} answers")
+            return Finding("Prefect", "ok", f"{shown} answers")
     except urllib.error.HTTPError as error:
-        return Finding("Prefect", "warning", f"{address} answers {error.code}", "check PREFECT_API_URL and PREFECT_API_KEY; only deployments need it")
-    except (OSError, ValueError) as error:
-        return Finding("Prefect", "warning", f"{address} does not answer ({error})", "only deployments need it: `vrt services up`")
+        return Finding("Prefect", "warning", f"{shown} answers {error.code}", "check PREFECT_API_URL and PREFECT_API_KEY; only deployments need it")
+    except (OSError, ValueError, http.client.InvalidURL) as error:
+        return Finding("Prefect", "warning", f"{shown} does not answer ({error})", "only deployments need it: `vrt services up`")
 
 
 def git() -> Finding:

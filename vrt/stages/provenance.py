@@ -8,17 +8,18 @@ import subprocess
 from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 import torch
 
 from vrt.machine import processor
-from vrt.observe import log
+from vrt.observe import log, without_credentials
 
 LARGEST_DIFF = 5_000_000
 CODE, CHANGES, ENVIRONMENT = "code.json", "changes.diff", "environment.json"
 FILES = ("params.yaml", "dvc.yaml", "dvc.lock")
 NO_GIT = "unknown: no git here"
+# DVC's settings are no code, and whoever forgets `--local` has keys in them.
+THE_CODE = ("--", ":/", ":(top,exclude).dvc/config")
 
 
 def folder_of(artifacts: str, attempt: int) -> str:
@@ -36,7 +37,7 @@ def collect(params: Path) -> dict[str, bytes]:
         # As `git apply` wants it, whatever the user's settings make of a diff that people look at.
         plain = ("-c", "diff.noprefix=false", "-c", "diff.mnemonicPrefix=false", "-c", "core.quotePath=true")
         whole = ("--no-ext-diff", "--no-textconv", "--no-color", "--no-relative", "--binary", "--full-index")
-        changes = _git(*plain, "diff", *whole, "HEAD").encode(errors="surrogateescape")
+        changes = _git(*plain, "diff", *whole, "HEAD", *THE_CODE).encode(errors="surrogateescape")
         if len(changes) <= LARGEST_DIFF:
             files[CHANGES] = changes
         else:
@@ -64,7 +65,7 @@ def code_version() -> str:
     """The commit of the code, with "+changes" where the working tree differs; says so where there is no git."""
     if not _has_git():
         return os.environ.get("VRT_CODE_VERSION", NO_GIT)
-    return _git("rev-parse", "HEAD").strip() + ("+changes" if _git("status", "--porcelain", "-uno") else "")
+    return _git("rev-parse", "HEAD").strip() + ("+changes" if _git("status", "--porcelain", "-uno", *THE_CODE) else "")
 
 
 def code_digest() -> str:
@@ -74,14 +75,6 @@ def code_digest() -> str:
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package).as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def without_credentials(remote: str) -> str:
-    """The address of a remote without the user and password that it may hold."""
-    parts = urlsplit(remote)
-    if not parts.hostname or "@" not in parts.netloc:
-        return remote
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def environment() -> dict:

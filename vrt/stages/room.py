@@ -16,6 +16,13 @@ from vrt.stages.recipes import outline
 GB = 1e9
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """That of the container, in a container; Linux says here what it may use (control groups, version 2)."""
+SHRUNK = (1, 2, 4, 8, 4, 2, 1)
+"""How many times the seven stages of the body shorten the sides of a frame."""
+KEPT_IN_A_BLOCK = {"fp32": 27, "tf32": 27, "bf16": 15}
+"""What a GPU keeps for the gradient, by precision: as many times the block's input in float32. By benchmarks/results: with these numbers recipes
+001 and 006 take within 5 % of what they took on an H100."""
+KEPT_IN_A_STAGE = 7
+"""The same of all else in a stage, its input taken."""
 SMALLER = "a smaller network (network.embed_dims, network.depths)"
 
 
@@ -32,7 +39,7 @@ class Memory:
 
 
 def memory(params: Params) -> Finding:
-    """Whether there is room for what a training keeps from step to step. What its clips take on top is not known before the first step."""
+    """Whether there is room for what a training keeps from step to step, and on a GPU for the gradient of a clip."""
     return judged_memory(params, _fullest_gpu(params) or _of_machine(params))
 
 
@@ -50,10 +57,22 @@ def judged_memory(params: Params, seen: Memory) -> Finding:
     if needed > seen.free:
         others = "`nvidia-smi`" if seen.gpu is not None else "`top`"
         return Finding("memory", "unavailable", found, f"end what else takes it, which {others} lists")
-    if seen.gpu is not None and params.train.clips_at_once == "auto":
-        smaller = "lower train.crop or train.frames" if params.train.activation_checkpointing else "train.activation_checkpointing: true"
-        return Finding("memory", "ok", f"{found}; the start tries how many clips fit in the rest", f"should not even one fit: {smaller}")
-    return Finding("memory", "ok", f"{found}; what clips take on top, the first step tells", "should it be too much: lower train.clips_at_once")
+    if seen.gpu is None:
+        return Finding("memory", "ok", f"{found}; what clips take on top, the first step tells", "should it be too much: lower train.clips_at_once")
+    return _judged_clips(params, seen, found)
+
+
+def _judged_clips(params: Params, seen: Memory, found: str) -> Finding:
+    """What is to be said of a GPU that holds all but the clips."""
+    wanted = params.train.clips_at_once
+    clips = 1 if wanted == "auto" else wanted
+    each = clip_bytes(params)
+    found = f"{found}, and each clip at once about {each / GB:.1f} GB"
+    smaller = "lower train.crop or train.frames" if params.train.activation_checkpointing else "train.activation_checkpointing: true"
+    remedy = f"should not even one fit: {smaller}" if clips == 1 else "lower train.clips_at_once, or set it to auto"
+    if state_bytes(params) + clips * each > seen.total:
+        return Finding("memory", "warning", f"{found}, which is more than there is", remedy)
+    return Finding("memory", "ok", f"{found}; the start tries how many fit" if wanted == "auto" else found, remedy)
 
 
 def _fullest_gpu(params: Params) -> Memory | None:
@@ -95,6 +114,17 @@ def checkpoint_bytes(params: Params) -> int:
 def state_bytes(params: Params) -> int:
     """What one process keeps from step to step: all that a checkpoint holds, and the gradients."""
     return checkpoint_bytes(params) + _trained_bytes(params)
+
+
+def clip_bytes(params: Params) -> int:
+    """About what the gradient of one clip takes on a GPU; where blocks are computed again, inputs stay of all, and the rest of one at a time."""
+    network, train = params.network, params.train
+    tokens = train.frames * (train.crop // network.upscale) ** 2
+    shrunk = SHRUNK + (1,) * (len(network.depths) - len(SHRUNK))
+    inputs = [4 * tokens // side**2 * dim for side, dim in zip(shrunk, network.embed_dims)]
+    of_blocks, of_one = sum(depth * size for depth, size in zip(network.depths, inputs)), KEPT_IN_A_BLOCK[train.precision]
+    kept = of_blocks + of_one * max(inputs) if train.activation_checkpointing else of_one * of_blocks
+    return kept + KEPT_IN_A_STAGE * sum(inputs)
 
 
 def _trained_bytes(params: Params) -> int:
