@@ -25,10 +25,18 @@ bucket)
         echo "$folder/s3: expected the copy of a store, found no object in it; nothing was changed. What was deleted is in $folder/replaced" >&2
         exit 2
     }
+    in_s3() {
+        docker compose run --rm --no-deps --volume "$folder:/backup" s3 "$@"
+    }
+    # Not this script reads the copy, but the user of the image.
+    [ -z "$(in_s3 find /backup/s3 ! -readable 2>&1 | head -n 1)" ] || {
+        echo "$folder/s3: expected a copy that the container may read, found files or folders that it may not; nothing was changed: chmod -R a+rX $folder" >&2
+        exit 2
+    }
     # rclone remembers what its folders held.
     docker compose stop worker s3
-    # Not sync, which would delete what is newer than the backup.
-    docker compose run --rm --no-deps --volume "$folder:/backup" s3 rclone copy --config /dev/null /backup/s3 /srv/s3
+    # Not sync, which would delete what is newer than the backup, and not over what is newer: the copy may have been made while that still grew.
+    in_s3 rclone copy --config /dev/null --update /backup/s3 /srv/s3
     ;;
 *)
     echo "expected mlflow, prefect or bucket, found $what: deploy/restore.sh FOLDER mlflow|prefect|bucket" >&2

@@ -8,7 +8,7 @@ PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / 
 # What a command in a line of text begins with; names of functions and messages stand there, too.
 PROGRAMS = (
     *("vrt ", "dvc ", "prefect ", "python -", "torchrun ", "make "),
-    *("deploy/backup.sh ", "deploy/restore.sh ", "docker ", "kubectl ", "VRT_", "REVISION="),
+    *("deploy/backup.sh ", "deploy/restore.sh ", "docker ", "kubectl ", "aws ", "VRT_", "REVISION="),
     *("cp ", "echo ", "export ", "git ", "kill ", "rclone ", "source "),
 )
 

@@ -108,8 +108,11 @@ def test_who_needs_another_waits_until_that_one_works(services):
 
 def test_all_that_must_outlive_a_container_is_in_a_volume(services):
     volumes = set(read({})["volumes"])
-    mounted = {entry.split(":")[0] for service in services.values() for entry in service.get("volumes", []) if not entry.startswith(".")}
-    assert mounted == volumes
+    mounted = {name: [entry for entry in service.get("volumes", []) if not entry.startswith(".")] for name, service in services.items()}
+    assert {entry.split(":")[0] for entries in mounted.values() for entry in entries} == volumes
+    places = {name: {entry.split(":")[1] for entry in entries} for name, entries in mounted.items() if entries}
+    kept = {"data", "checkpoints", ".vrt", ".dvc/cache"}
+    assert places == {"postgres": {"/var/lib/postgresql/data"}, "s3": {"/srv/s3"}, "worker": {f"/srv/vrt/{folder}" for folder in kept}}
 
 
 def test_nothing_is_reached_from_other_machines_unless_told(services):

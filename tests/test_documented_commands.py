@@ -61,11 +61,12 @@ NO_CLUSTER = "needs a cluster; tests/pipelines/test_pools.py makes its jobs"
 MEASURES = "measures for minutes to hours; its results are committed"
 BY_NO_TEST = {
     "REVISION=$(git rev-parse HEAD) docker compose up --build --detach": NO_ENGINE,
-    "VRT_MACHINES=2 VRT_MEET=10.0.0.1:29500 dvc repro": "needs two machines; tests/stages/test_together.py gives `vrt train` these variables",
+    "VRT_MACHINES=2 VRT_MEET=10.0.0.1:29500 dvc repro": "needs two machines; two flows of tests/stages/test_together.py run `dvc repro` with these",
+    "aws s3api put-bucket-lifecycle-configuration --bucket mlflow --lifecycle-configuration file://deploy/s3-lifecycle.json": "needs AWS's own "
+    "program; tests/stages/test_rights.py has what it would send checked",
     "docker build": NO_ENGINE,
     "docker build --tag vrt --build-arg REVISION=$(git rev-parse HEAD) .": NO_ENGINE,
     "docker build --tag vrt --build-arg TORCH_WHEELS=https://... .": NO_ENGINE,
-    "REVISION=$(git rev-parse HEAD) docker compose --file compose.yaml --file compose.gpu.yaml up --build --detach": NO_ENGINE,
     "REVISION=$(git rev-parse HEAD) docker compose build": NO_ENGINE,
     "docker compose run --rm mlflow sh -c 'mlflow db upgrade \"$MLFLOW_BACKEND_STORE_URI\"'": NO_ENGINE,
     "docker compose run --rm worker ...": NO_ENGINE,

@@ -1,6 +1,7 @@
 """The servers of compose.yaml together: a flow trains on them, and outlives them."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -102,6 +103,17 @@ def test_a_backup_brings_back_a_lost_registry_and_a_lost_bucket_and_trainings_go
     topology.ask("sh", "-c", 'mlflow db upgrade "$MLFLOW_BACKEND_STORE_URI"', service="mlflow")
     assert "continuing after step 12 of 16" in train(topology, workspace, 16)
 
+    # What is newer than the backup stays: this one was still growing when it was copied.
+    (torn,) = backup.glob("s3/mlflow/**/12_G.pth")
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:1000])
+    os.utime(torn, (0, 0))
+    restored = topology.run_script("deploy/restore.sh", str(backup), "bucket")
+    assert restored.returncode == 0, restored.stdout
+    in_store = topology.ask("sh", "-c", f"wc -c </srv/{torn.relative_to(backup)}").strip()
+    assert in_store == str(len(whole))
+    torn.write_bytes(whole)
+
     # The bucket and the machine that trained are lost, the registry is not: it names a step of which nothing is left.
     topology.ask("sh", "-c", "rm -r /srv/s3/*")
     shutil.rmtree(workspace.root / "checkpoints")
@@ -193,5 +205,9 @@ def test_a_restore_of_nothing_that_is_known_says_what_there_is(topology):
     ):
         wrong = topology.run_script("deploy/restore.sh", str(topology.folder), what)
         assert wrong.returncode == 2 and said in wrong.stdout, wrong.stdout
+    (topology.folder / "s3" / "object").symlink_to("nowhere")
+    (topology.folder / "s3" / "other").touch()
+    wrong = topology.run_script("deploy/restore.sh", str(topology.folder), "bucket")
+    assert wrong.returncode == 2 and "found files or folders that it may not; nothing was changed: chmod -R a+rX" in wrong.stdout, wrong.stdout
     wrong = topology.run_script("deploy/restore.sh", str(topology.folder), "everything")
     assert wrong.returncode == 2 and "expected mlflow, prefect or bucket, found everything" in wrong.stdout
