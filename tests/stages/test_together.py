@@ -23,6 +23,7 @@ from tests.same_training import assert_same_training, lineage_folder
 from vrt.checkpoint.curator import Curator
 from vrt.checkpoint.errors import StoreUnavailable
 from vrt.data.clips import PreparedData
+from vrt.data.prepare import prepare
 from vrt.params import load_params, with_resume
 from vrt.stages import PREPARED, together
 from vrt.stages.lineage import lineage_of
@@ -42,13 +43,33 @@ def workers_of():
     return find
 
 
+@pytest.fixture
+def make_for_two(make_workspace):
+    """Makes workspaces whose trainers, where the machine has a single GPU, see none: two processes then train on its CPU."""
+
+    def make(name: str):
+        workspace = make_workspace(name)
+        return seeing_no_gpu(workspace) if torch.cuda.device_count() == 1 else workspace
+
+    return make
+
+
+def seeing_no_gpu(workspace):
+    return replace(workspace, environment=workspace.environment | {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def went_on_after(log: str) -> int:
+    """The step that the attempt continued from."""
+    return int(re.search(r"continuing after step (\d+)", log)[1])
+
+
 def history_of(workspace) -> list[dict[str, float]]:
     return [json.loads(line) for line in (lineage_folder(workspace) / "24_history.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
-def two_uninterrupted(make_workspace):
-    workspace = make_workspace("two")
+def two_uninterrupted(make_for_two):
+    workspace = make_for_two("two")
     workspace.edit(**BATCH)
     ended = workspace.vrt("train", "--processes", "2")
     assert ended.returncode == 0, ended.stdout
@@ -56,8 +77,8 @@ def two_uninterrupted(make_workspace):
 
 
 @pytest.mark.parametrize("dies", [1, pytest.param(0, marks=pytest.mark.long)])
-def test_a_rank_that_dies_ends_the_attempt_and_the_next_ends_bit_identically(dies: int, make_workspace, two_uninterrupted, workers_of):
-    workspace = make_workspace("dies")
+def test_a_rank_that_dies_ends_the_attempt_and_the_next_ends_bit_identically(dies: int, make_for_two, two_uninterrupted, workers_of):
+    workspace = make_for_two("dies")
     workspace.edit(**BATCH)
     trainer = workspace.start("vrt", "train", "--processes", "2")
     workspace.wait_for("checkpoint 4 registered", trainer)
@@ -74,6 +95,7 @@ def test_a_rank_that_dies_ends_the_attempt_and_the_next_ends_bit_identically(die
     ended = workspace.vrt("train", "--processes", "2")
 
     assert ended.returncode == 0, ended.stdout
+    assert went_on_after(ended.stdout) >= 4
     assert_same_training(two_uninterrupted, workspace)
 
 
@@ -88,32 +110,51 @@ program()
 """
 
 
-def test_machines_with_other_params_or_other_code_begin_nothing_and_say_which_differ(make_workspace, tmp_path):
-    first = make_workspace("differ")
+@pytest.fixture
+def two_folders(make_for_two, tmp_path):
+    """Two workspaces, and what trains in both together: one process in each, as on two machines."""
+    first = make_for_two("folders")
     first.edit(**BATCH)
     second = replace(first, root=tmp_path / "second")
     shutil.copytree(first.root, second.root, symlinks=True)
-    second.edit(optimizer__lr=1e-3)
-    with (second.root / "vrt/params.py").open("a") as code:
-        code.write("# changed here, and not committed\n")
     (tmp_path / "machine.py").write_text(ON_ITS_MACHINE)
     environment = {**first.environment, "GLOO_SOCKET_IFNAME": "lo"}
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "machine.py"), str(first.root), str(second.root)]
+    return first, second, lambda: replace(first, environment=environment).run(*command)
 
-    ended = replace(first, environment=environment).run(*command)
+
+def test_the_process_that_leads_saves_alone(two_folders):
+    first, second, train = two_folders
+    for workspace in (first, second):
+        workspace.edit(train__total_steps=4)
+    assert train().returncode == 0
+    assert (lineage_folder(first) / "4_manifest.json").exists()
+    assert not [path for path in second.root.rglob("checkpoints/*/*") if path.name != "status.json"]
+
+
+def test_machines_with_other_params_code_or_data_begin_nothing_and_say_which_differ(two_folders):
+    first, second, train = two_folders
+    second.edit(optimizer__lr=1e-3)
+    with (second.root / "vrt/params.py").open("a") as code:
+        code.write("# changed here, and not committed\n")
+    described = second.root / "data/raw/tiny/dataset.yaml"
+    described.write_text(described.read_text().replace("clips: 2", "clips: 3"))
+    prepare(described.parent, second.root / PREPARED)
+
+    ended = train()
 
     assert ended.returncode != 0 and re.search(r"exitcode *: 2 ", ended.stdout), ended.stdout
     assert "the 2 processes of this training differ, but all must be started alike:" in ended.stdout, ended.stdout
-    for differing in ("params", "code"):
+    for differing in ("params", "code", "data"):
         one, other = re.search(rf"{differing}: rank 0 (.+), rank 1 (.+)", ended.stdout).groups()
         assert one != other
-    assert not re.search("(data|torch): rank 0", ended.stdout)
+    assert "torch: rank 0" not in ended.stdout
     assert not (first.root / "checkpoints").exists() and not (second.root / "checkpoints").exists()
 
 
 @pytest.mark.long
-def test_a_rank_that_dies_after_the_last_step_does_not_undo_it(make_workspace, two_uninterrupted, workers_of):
-    workspace = make_workspace("dies-last")
+def test_a_rank_that_dies_after_the_last_step_does_not_undo_it(make_for_two, two_uninterrupted, workers_of):
+    workspace = make_for_two("dies-last")
     workspace.edit(**BATCH)
     trainer = workspace.start("vrt", "train", "--processes", "2")
     # What follows for the one that leads is to save, publish and register.
@@ -127,8 +168,8 @@ def test_a_rank_that_dies_after_the_last_step_does_not_undo_it(make_workspace, t
 
 
 @pytest.mark.long
-def test_preempted_before_its_processes_listen_and_again_in_the_middle_a_training_ends_bit_identically(make_workspace, two_uninterrupted):
-    workspace = make_workspace("preempted")
+def test_preempted_before_its_processes_listen_and_again_in_the_middle_a_training_ends_bit_identically(make_for_two, two_uninterrupted):
+    workspace = make_for_two("preempted")
     workspace.edit(**BATCH)
     trainer = workspace.start("vrt", "train", "--processes", "2")
     until(lambda: any("RANK" in environment_of(process) for process in psutil.Process(trainer.pid).children(recursive=True)), [trainer])
@@ -143,12 +184,15 @@ def test_preempted_before_its_processes_listen_and_again_in_the_middle_a_trainin
     ended = workspace.vrt("train", "--processes", "2")
 
     assert ended.returncode == 0, ended.stdout
+    assert went_on_after(ended.stdout) >= 12
     assert_same_training(two_uninterrupted, workspace)
 
 
 @pytest.mark.long
-def test_with_any_number_of_processes_it_is_the_same_training(make_workspace, two_uninterrupted, workers_of):
-    workspace = make_workspace("elastic")
+def test_with_any_number_of_processes_it_is_the_same_training(make_for_two, two_uninterrupted, workers_of):
+    workspace = make_for_two("elastic")
+    if torch.cuda.device_count() < 4:
+        workspace = seeing_no_gpu(workspace)
     # One clip after the other, too: the same as all at once.
     workspace.edit(**BATCH, train__clips_at_once=1)
     for processes, until in (("4", "checkpoint 8 registered"), ("2", "checkpoint 16 registered")):
@@ -156,9 +200,11 @@ def test_with_any_number_of_processes_it_is_the_same_training(make_workspace, tw
         workspace.wait_for(until, trainer)
         trainer.send_signal(signal.SIGKILL)
         trainer.wait()
+    assert went_on_after(workspace.log.read_text()) >= 8
     ended = workspace.vrt("train")
 
     assert ended.returncode == 0, ended.stdout
+    assert went_on_after(ended.stdout) >= 16
     assert lineage_folder(workspace).name.split("-")[-1] == lineage_folder(two_uninterrupted).name.split("-")[-1]
     losses, others = ([row["train/loss"] for row in history_of(each)] for each in (two_uninterrupted, workspace))
     assert others == pytest.approx(losses, rel=1e-3) and len(losses) == 24
@@ -192,8 +238,8 @@ def test_a_machine_that_comes_first_waits_for_the_one_where_all_meet():
     late.join()
 
 
-def test_the_machine_where_all_meet_asks_to_be_started_again_where_nobody_comes(make_workspace, services, monkeypatch):
-    workspace = make_workspace("alone")
+def test_the_machine_where_all_meet_asks_to_be_started_again_where_nobody_comes(make_for_two, services, monkeypatch):
+    workspace = make_for_two("alone")
     workspace.edit(**BATCH)
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         meet = f"127.0.0.1:{reserved.getsockname()[1]}"
@@ -246,9 +292,9 @@ def test_what_several_processes_can_not_do_is_said_once(make_workspace):
 
 
 @pytest.fixture
-def two_hosts(make_workspace, local_services, tmp_path):
+def two_hosts(make_for_two, local_services, tmp_path):
     """Two workspaces on two hosts, of which the first has the services: this network, and a network namespace behind a cable."""
-    first = make_workspace("hosts")
+    first = make_for_two("hosts")
     first.edit(**BATCH)
     second = replace(first, root=tmp_path / "second", environment=first.environment | {"PYTHONPATH": str(tmp_path / "second")})
     shutil.copytree(first.root, second.root, symlinks=True)
@@ -314,6 +360,7 @@ def test_a_host_that_vanishes_is_noticed_and_both_come_back_bit_identically(lost
     set_cable("up")
     again = start(*command)
     assert [host.wait(200) for host in again] == [0, 0], first.log.read_text() + second.log.read_text()
+    assert went_on_after(first.log.read_text() + second.log.read_text()) >= 8
     assert_both_have_the_result_of(two_uninterrupted, first, second)
 
 
