@@ -29,7 +29,7 @@ bucket)
         docker compose run --rm --no-deps --volume "$folder:/backup" s3 "$@"
     }
     # Not this script reads the copy, but the user of the image.
-    [ -z "$(in_s3 find /backup/s3 ! -readable 2>&1 | head -n 1)" ] || {
+    in_s3 sh -c '[ -z "$(find /backup/s3 ! -readable 2>&1 | head -n 1)" ]' || {
         echo "$folder/s3: expected a copy that the container may read, found files or folders that it may not; nothing was changed: chmod -R a+rX $folder" >&2
         exit 2
     }

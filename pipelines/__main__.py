@@ -32,10 +32,14 @@ def main() -> int:
     hangup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else set()
     for number in {signal.SIGTERM, signal.SIGINT} | hangup:
         signal.signal(number, lambda number, _frame: received.append(number))
-    # Prefect reads its address when it is imported.
-    from pipelines import heartbeat
+    try:
+        # Prefect reads its address when it is imported.
+        from pipelines import heartbeat
 
-    heartbeat.ensure()
+        heartbeat.ensure()
+    except BaseException:
+        worker.kill()
+        raise
     while worker.poll() is None and not received:
         time.sleep(0.2)
     if signal.SIGHUP in received:

@@ -5,7 +5,7 @@ from typing import Annotated
 from prefect import flow, get_run_logger
 from pydantic import Field
 
-from pipelines.process import run
+from pipelines.process import DVC, run
 from pipelines.project import PULL_RAW_DATA
 from pipelines.watch import report
 
@@ -21,7 +21,7 @@ def evaluate(checkpoint: Selector = "latest", dataset: str | None = None) -> Non
         dataset: A folder below data/raw/, whose test clips are used; nothing: that of params.yaml.
     """
     logger = get_run_logger()
-    run(PULL_RAW_DATA, logger).check()
+    run([*DVC, *PULL_RAW_DATA], logger).check()
     chosen = ["--dataset", dataset] if dataset else []
     ended = run(["vrt", "evaluate", "--checkpoint", checkpoint, *chosen], logger, answers=True).check()
     report(f"```\n{ended.answer.strip()}\n```", "evaluation", f"{checkpoint} on {dataset or 'the data set of params.yaml'}", logger)

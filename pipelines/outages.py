@@ -2,18 +2,23 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipelines.process import Ended, Logger, pause, run
 from pipelines.project import Project
+from pipelines.watch import Watch
+from vrt.lifecycle import EXIT_UNAVAILABLE
 
 SECONDS_BETWEEN_TRIES = 30.0
 SERVICES = {"MLflow", "S3", "DVC remote"}
 
+Findings = Sequence[Mapping[str, Any]]
 
-def look(project: Project, logger: Logger, told: Mapping[str, str] = {}) -> tuple[Ended, list[dict[str, Any]]]:  # noqa: B006
+
+def look(project: Project, logger: Logger, watch: Watch, told: Mapping[str, str] = {}) -> tuple[Ended, Findings]:  # noqa: B006
     """How `vrt doctor` ended, and what it found; `told` overrides the params, as for the trainer. Whatever is not well is logged."""
-    ended = run(["vrt", "doctor", "--json", "--before-preparing"], logger, project.folder, told, answers=True)
+    ended = run(["vrt", "doctor", "--json", "--before-preparing"], logger, project.folder, told, watch.interruption, answers=True)
     findings = json.loads(ended.answer or "[]")
     for finding in findings:
         (logger.info if finding["state"] == "ok" else logger.warning)("%s", said(finding))
@@ -25,17 +30,28 @@ def said(finding: Mapping[str, Any]) -> str:
     return "; ".join(filter(None, [f"{finding['subject']}: {finding['found']}", finding["remedy"]]))
 
 
-def unanswered(project: Project, logger: Logger) -> bool:
-    """Whether a service that trainings need does not answer."""
-    _, findings = look(project, logger)
-    return any(finding["state"] == "unavailable" and finding["subject"] in SERVICES for finding in findings)
+def services(findings: Findings) -> str:
+    """wrong: one needs a person, such as for its rights; unavailable: one does not answer; ok."""
+    states = {finding["state"] for finding in findings if finding["subject"] in SERVICES}
+    return next((state for state in ("wrong", "unavailable") if state in states), "ok")
 
 
-def through_outages(command: Sequence[str], project: Project, logger: Logger, answers: bool = False) -> Ended:
-    """Run a command in the project's folder, and again while it fails and a service does not answer. Raises CommandFailed where all do."""
-    while True:
-        ended = run(command, logger, project.folder, answers=answers)
-        if ended.code == 0 or not unanswered(project, logger):
-            return ended.check()
-        logger.warning("`%s` needs a service that does not answer; trying again in %.0f s", ended.command, SECONDS_BETWEEN_TRIES)
-        pause(SECONDS_BETWEEN_TRIES)
+def through_outages(command: Sequence[str], project: Project, logger: Logger, folder: Path | None = None, answers: bool = False) -> Ended:
+    """Run a command in the project's folder (or another), and again while it fails and a service does not answer.
+
+    Raises CommandFailed where it fails for another reason.
+    """
+    lives = 1
+    with Watch(project.status, logger) as watch:
+        while True:
+            ended = run(command, logger, folder or project.folder, interruption=watch.interruption, answers=answers)
+            if ended.code == 0 or (ended.of_stage and ended.code != EXIT_UNAVAILABLE):
+                return ended.check()
+            found = services(look(project, logger, watch)[1])
+            # The outage may be over by now.
+            lives -= found == "ok"
+            if found == "wrong" or lives < 0:
+                return ended.check()
+            seconds = SECONDS_BETWEEN_TRIES if found == "unavailable" else 0.0
+            logger.warning("`%s` failed, for want of a service it seems; trying again in %.0f s", ended.command, seconds)
+            pause(seconds, watch.interruption)

@@ -9,7 +9,7 @@ from typing import Any
 from configobj import ConfigObj
 from ruamel.yaml import YAML
 
-from pipelines.process import DVC, PROJECT
+from pipelines.process import PROJECT
 from vrt.params import Params, fingerprint
 from vrt.status import STATUS
 from vrt.typed_yaml import ParamsError, parse, read_yaml
@@ -100,5 +100,5 @@ def make(project: Project) -> None:
     unfinished.replace(project.folder / PARAMS)
 
 
-PULL_RAW_DATA = (*DVC, "pull", "--allow-missing", "--recursive", str(RAW))
-"""Fetches the data sets that people added themselves. Not everything: that would put the outputs of dvc.lock in place of newer ones."""
+PULL_RAW_DATA = ("pull", "--allow-missing", "--recursive", str(RAW))
+"""What DVC is told, to fetch the data sets that people added. Not everything: that would put the outputs of dvc.lock in place of newer ones."""

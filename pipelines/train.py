@@ -5,7 +5,6 @@ import platform
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from pydantic import Field
 
 from pipelines.attempts import LONGEST_PAUSE, Attempt, End, decide, end_of, table
 from pipelines.exclusive import InUse, the_only_run_of
-from pipelines.outages import SECONDS_BETWEEN_TRIES, look, said, through_outages, unanswered
+from pipelines.outages import SECONDS_BETWEEN_TRIES, look, said, services, through_outages
 from pipelines.process import DVC, PROJECT, LauncherGone, pause, run
 from pipelines.project import PULL_RAW_DATA, RECIPES, Project, make, plan
 from pipelines.summary import closing_page
@@ -37,19 +36,21 @@ class GivenUp(RuntimeError):
 
 
 def may_come_back(task: Task, task_run: TaskRun, state: State) -> bool:
-    """Whether what a task failed of is worth another try: not where the worker is gone, which ends the run."""
-    return not isinstance(state.result(raise_on_failure=False), LauncherGone)
+    """Whether what a task failed of is worth another try: not where the run is to end, since the worker is gone or it was cancelled."""
+    return not isinstance(state.result(raise_on_failure=False), LauncherGone | NotWanted)
 
 
 @task(name="see that all is there", cache_policy=NO_CACHE)
 def see_that_all_is_there(project: Project, told: Mapping[str, str]) -> None:
     """Before data are fetched and packed, and any hour of a GPU is spent. Raises GivenUp, with what is wrong and how to mend it."""
     logger = get_run_logger()
-    # Services that don't answer, and memory that another trainer still has, are waited for; all else needs a person.
-    while (found := look(project, logger, told))[0].code == EXIT_UNAVAILABLE:
-        logger.warning("looking again in %.0f s", SECONDS_BETWEEN_TRIES)
-        pause(SECONDS_BETWEEN_TRIES)
-    ended, findings = found
+    with Watch(project.status, logger) as watch:
+        ended, findings = look(project, logger, watch, told)
+        # Services that don't answer, and memory that another trainer still has, are waited for; all else needs a person.
+        while ended.code == EXIT_UNAVAILABLE:
+            logger.warning("looking again in %.0f s", SECONDS_BETWEEN_TRIES)
+            pause(SECONDS_BETWEEN_TRIES, watch.interruption)
+            ended, findings = look(project, logger, watch, told)
     if ended.code != EXIT_DONE:
         wrong = [said(finding) for finding in findings if finding["state"] == "wrong"]
         raise GivenUp("`vrt doctor` finds that this training can't begin here:\n" + "\n".join(wrong or ended.tail))
@@ -59,7 +60,7 @@ def see_that_all_is_there(project: Project, told: Mapping[str, str]) -> None:
 def pull(project: Project) -> None:
     """Fetch raw data that people added."""
     # Into the project's own folder, which workspaces look into.
-    through_outages(PULL_RAW_DATA, replace(project, folder=PROJECT), get_run_logger())
+    through_outages([*DVC, *PULL_RAW_DATA], project, get_run_logger(), PROJECT)
 
 
 @task(name="prepare data", cache_policy=NO_CACHE)
@@ -84,7 +85,7 @@ def train_to_the_end(project: Project, told: Mapping[str, str], retry_pause: flo
             started = time.time()
             ended = run(command, logger, project.folder, told, watch.interruption)
             code = ended.code
-            if code > 0 and not ended.of_stage and unanswered(project, logger):
+            if code > 0 and not ended.of_stage and services(look(project, logger, watch)[1]) == "unavailable":
                 # DVC itself failed, for want of its remote: the trainer was not even started, or what it made not kept.
                 code = EXIT_UNAVAILABLE
             attempts.append(Attempt(end_of(code), code, started, watch.status(), "\n".join(ended.tail)))
@@ -170,7 +171,8 @@ def train(
         if dry_run:
             with nullcontext() if project.folder == PROJECT else the_only_run_of(key, logger, SECONDS_TO_REHEARSE):
                 make(project)
-            pull(project)
+            # Not worth waiting for what another run does with DVC for hours.
+            run(["dvc", *PULL_RAW_DATA], logger).check()
             report(rehearsal(project, resume), "plan", "What this run would do", logger)
             return None
         # One run at a time from here on: it writes the params that others would be reading, and wants the memory that their trainer has.
@@ -193,7 +195,7 @@ def train(
 def rehearsal(project: Project, resume: str) -> str:
     """What a run would do, as a page in markdown. Trains nothing."""
     logger = get_run_logger()
-    stale = run([*DVC, "status"], logger, project.folder, answers=True).check().answer
+    stale = run(["dvc", "status"], logger, project.folder, answers=True).check().answer
     known = run(["vrt", "checkpoints", "list", "--json"], logger, project.folder, answers=True)
     # Before its data are prepared a training has no lineage.
     listed = json.loads(known.answer) if known.code == 0 else {"lineage": f"a new training {project.params.name}", "checkpoints": []}

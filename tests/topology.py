@@ -119,7 +119,9 @@ class Topology:
             case "run", *words if "s3" in words:
                 options, command = words[: words.index("s3")], words[words.index("s3") + 1 :]
                 folder, place = options[options.index("--volume") + 1].split(":")
-                return self.command(*(word.replace(place, folder, 1) for word in command)), self.environment("s3")
+                # Newer ones tell on stderr what they do.
+                told = ("sh", "-c", 'echo "Container s3 Created" >&2; exec "$@"', "sh")
+                return self.command(*told, *(word.replace(place, folder, 1) for word in command)), self.environment("s3")
             case _:
                 raise ValueError(f"not known here: docker {' '.join(words)}")
         return ["true"], {}

@@ -41,6 +41,8 @@ OUTCOME = "VRT_OUTCOME"
 
 SECONDS_TO_SAVE = 60
 """A trainer that is told to stop finishes its step, saves and publishes within this time."""
+SECONDS_TO_WIND_UP = 20.0
+"""So long what can be done again later goes on after the request; the rest is for saving and publishing."""
 SECONDS_BETWEEN_LOOKS = 0.5
 
 Launchers = list[tuple[int, int]]
@@ -184,6 +186,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._since = 0.0
         self._left = threading.Event()
         self._before: dict[int, object] = {}
         self._held_back: set[int] = set()
@@ -209,16 +212,21 @@ class StopRequest:
             signal.signal(number, handler)
 
     def heed(self) -> None:
-        """Raises ToldToStop once there is a reason."""
-        if self.reason is not None:
+        """Raises ToldToStop once there is a reason, for SECONDS_TO_WIND_UP already."""
+        if self.reason is not None and time.monotonic() - self._since > SECONDS_TO_WIND_UP:
             raise ToldToStop(self.reason)
+
+    def _ask(self, reason: str) -> None:
+        if self.reason is None:
+            self._since = time.monotonic()
+            self.reason = reason
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
             write_nowhere(self._terminals)
-        self.reason = self.reason or f"received {signal.Signals(number).name}"
+        self._ask(f"received {signal.Signals(number).name}")
 
     def _watch(self) -> None:
         said = False
@@ -229,7 +237,7 @@ class StopRequest:
             self._terminals = [stream for stream in self._terminals if stream not in closed]
             gone = None if self.reason else lost_launcher(launchers())
             if gone is not None:
-                self.reason = f"process {gone}, which launched this one, is gone"
+                self._ask(f"process {gone}, which launched this one, is gone")
             if self.reason and not said:
                 log.warning("%s: what is at hand is finished and saved first", self.reason)
                 said = True

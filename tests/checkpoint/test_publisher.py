@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vrt.checkpoint import publisher as module
-from vrt.checkpoint.errors import CheckpointError, LeaseLost, StoreUnavailable
+from vrt.checkpoint.errors import CheckpointError, LeaseLost, StoreRefuses, StoreUnavailable
 from vrt.checkpoint.manifest import FileEntry, Manifest
 from vrt.checkpoint.publisher import Publisher
 from vrt.checkpoint.resume import Registered
@@ -162,10 +162,11 @@ def test_what_did_not_arrive_in_time_is_named(publishing, folder, commit):
     assert publisher.may_arrive_later
 
 
-def test_what_nobody_foresaw_may_never_arrive(publishing, folder, commit):
-    publisher = publishing(Recorder(*[OSError("the disk is gone")] * 100_000))
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), StoreRefuses("the key is no more")])
+def test_what_needs_a_person_may_never_arrive(publishing, folder, commit, error: Exception):
+    publisher = publishing(Recorder(*[error] * 100_000))
     publisher.publish(commit(folder, 20))
-    assert publisher.finish(0.1) == ["step 20: the disk is gone"]
+    assert publisher.finish(0.1) == [f"step 20: {error}"]
     assert not publisher.may_arrive_later
 
 

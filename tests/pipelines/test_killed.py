@@ -172,7 +172,7 @@ def test_while_the_store_is_gone_a_run_waits_wherever_it_is(worker, uninterrupte
     gone_until("looking again in 30 s")
     worker.wait_for("$ vrt checkpoints verify 24")
     process.stop([store])
-    gone_until("needs a service that does not answer; trying again in 30 s")
+    gone_until("failed, for want of a service it seems; trying again in 30 s")
     assert worker.settled(run).state_name == "Completed"
 
 

@@ -17,6 +17,7 @@ from tests.wrong_clock import set_clock
 from vrt.checkpoint.errors import StoreRefuses
 from vrt.lifecycle import EXIT_BAD_INPUT, EXIT_DONE, EXIT_UNAVAILABLE, MACHINES, PROCESSES
 from vrt.params import load_params
+from vrt.services import local
 from vrt.stages import doctor
 from vrt.stages.doctor import verdict
 from vrt.stages.finding import Finding
@@ -83,11 +84,11 @@ def test_a_service_that_takes_questions_and_answers_none_holds_nobody_up(here, s
 def test_processes_that_a_training_refuses_are_told_before(here, monkeypatch):
     def judged(machines: int = 1, **values: object) -> Finding:
         here.edit(**{f"train__{key}": value for key, value in values.items()})
-        return doctor.processes(load_params(Path("params.yaml")), machines)
+        return doctor.processes(load_params(Path("params.yaml")), machines)[0]
 
     try:
-        assert judged(batch_size=4, processes=2) == Finding("processes", "ok", "2, for batches of 4 clips")
-        assert judged(machines=2) == Finding("processes", "ok", "2 on each of 2 machines, for batches of 4 clips")
+        assert judged(batch_size=4, processes=2) == Finding("processes", "ok", "2; clips a step, of all together: 4")
+        assert judged(machines=2) == Finding("processes", "ok", "2 on each of 2 machines; clips a step, of all together: 4")
         shared = Finding(
             "processes",
             "wrong",
@@ -104,6 +105,14 @@ def test_processes_that_a_training_refuses_are_told_before(here, monkeypatch):
         assert [finding["found"] for finding in wrong] == [shared.found]
     finally:
         here.edit(train__batch_size=1, train__processes=1)
+
+
+def test_a_password_in_an_address_is_not_shown(here, services, monkeypatch):
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, services[name].replace("://", "://somebody:secret@"))
+    findings = [doctor.prefect(), found(doctor.mlflow)[0], *(service for service in local.status() if service.name in ("prefect", "mlflow"))]
+    assert [finding.state for finding in findings] == ["ok", "ok", "up", "up"]
+    assert "secret" not in str(findings)
 
 
 def test_a_wrong_key_is_told_from_a_store_that_is_gone(here, monkeypatch):

@@ -45,10 +45,10 @@ def test_bytes_are_those_of_a_state_after_a_step(params):
 def test_a_training_that_the_memory_can_never_hold_is_told_from_one_that_has_to_wait(params):
     needed = state_bytes(params)
     for free, total, state in ((needed, needed, "warning"), (needed - 1, needed, "unavailable"), (needed - 1, needed - 1, "wrong")):
-        assert judged_memory(params, Memory(free, total, 0, 1)).state == state
-    assert judged_memory(params, Memory(2 * needed, 2 * needed, None, 2)).state == "ok"
-    assert judged_memory(params, Memory(2 * needed - 1, 2 * needed, None, 2)).state == "unavailable"
-    assert judged_memory(params, Memory(2 * needed - 1, 2 * needed - 1, None, 2)).remedy.startswith("fewer train.processes, ")
+        assert judged_memory(params, Memory(free, total, 0, 1, 4)).state == state
+    assert judged_memory(params, Memory(2 * needed, 2 * needed, None, 2, 4)).state == "ok"
+    assert judged_memory(params, Memory(2 * needed - 1, 2 * needed, None, 2, 4)).state == "unavailable"
+    assert judged_memory(params, Memory(2 * needed - 1, 2 * needed - 1, None, 2, 4)).remedy.startswith("fewer train.processes, ")
 
 
 @pytest.mark.parametrize("number, row", [("001", "001 train"), ("006", "006 train, checkpointed")])
@@ -64,11 +64,11 @@ def test_what_a_clip_takes_of_a_gpu_is_about_what_was_measured(number, row, prec
 
 def test_what_clips_take_is_said_with_who_knows_better(params):
     takes = f"weights, gradients, moments and E take {state_bytes(params) / 1e9:.2f} GB"
-    tried = judged_memory(params, Memory(79 * GB, 85 * GB, 1, 1))
+    tried = judged_memory(params, Memory(79 * GB, 85 * GB, 1, 1, 4))
     clip = f"{clip_bytes(params) / 1e9:.1f}"
     assert tried.found == f"79.0 of 85.0 GB of GPU 1 are free; {takes}, and each clip at once about {clip} GB; the start tries how many fit"
     assert (tried.state, tried.remedy) == ("ok", "should not even one fit: train.activation_checkpointing: true")
-    machine = judged_memory(params, Memory(79 * GB, 85 * GB, None, 1))
+    machine = judged_memory(params, Memory(79 * GB, 85 * GB, None, 1, 4))
     assert machine.found == f"79.0 of 85.0 GB of the machine are free; {takes}; what clips take on top, the first step tells"
     assert (machine.state, machine.remedy) == ("ok", "should it be too much: lower train.clips_at_once")
 
@@ -76,13 +76,14 @@ def test_what_clips_take_is_said_with_who_knows_better(params):
 def test_a_gpu_that_seems_too_small_for_the_clips_is_warned_of(params):
     one = state_bytes(params) + clip_bytes(params)
     for total, state in ((one, "ok"), (one - 1, "warning")):
-        assert judged_memory(params, Memory(total, total, 0, 1)).state == state
-    few = judged_memory(with_train(params, clips_at_once=2), Memory(one, one, 0, 1))
+        assert judged_memory(params, Memory(total, total, 0, 1, 4)).state == state
+    few = judged_memory(with_train(params, clips_at_once=2), Memory(one, one, 0, 1, 4))
     assert few.state == "warning" and few.found.endswith("GB, which is more than there is")
     assert few.remedy == "lower train.clips_at_once, or set it to auto"
+    assert judged_memory(with_train(params, clips_at_once=2), Memory(one, one, 0, 1, 1)).state == "ok", "a process has one clip of each batch"
     again = with_train(params, activation_checkpointing=True)
     assert clip_bytes(again) < clip_bytes(params)
-    tiny = judged_memory(again, Memory(state_bytes(again), state_bytes(again), 0, 1))
+    tiny = judged_memory(again, Memory(state_bytes(again), state_bytes(again), 0, 1, 4))
     assert (tiny.state, tiny.remedy) == ("warning", "should not even one fit: lower train.crop or train.frames")
 
 
@@ -90,14 +91,14 @@ def test_the_fullest_gpu_that_would_train_counts(params, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: ((70 - 10 * gpu) * GB, 80 * GB))
-    assert "60.0 of 80.0 GB of GPU 1" in room.memory(with_train(params, processes=2)).found
-    assert "50.0 of 80.0 GB of GPU 2" in room.memory(with_train(params, processes="auto")).found
+    assert "60.0 of 80.0 GB of GPU 1" in room.memory(params, 2, 1).found
+    assert "50.0 of 80.0 GB of GPU 2" in room.memory(params, 3, 1).found
 
 
 def test_without_a_gpu_the_memory_of_the_machine_counts(params, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "of the machine are free" in room.memory(params).found
-    assert "moments and E of 3 processes take" in room.memory(with_train(params, processes=3)).found
+    assert "of the machine are free" in room.memory(params, 1, 1).found
+    assert "moments and E of 3 processes take" in room.memory(params, 3, 1).found
 
 
 def test_in_a_container_its_limit_counts_and_cached_files_are_free(params, monkeypatch, tmp_path):
@@ -107,7 +108,7 @@ def test_in_a_container_its_limit_counts_and_cached_files_are_free(params, monke
     for most, free, total in (("max", 60, 64), (8 * GB, 5, 8), (80 * GB, 60, 64)):
         for name, text in (("max", most), ("current", 4 * GB), ("stat", f"anon {3 * GB}\ninactive_file {GB}\nactive_file 0\n")):
             (tmp_path / f"memory.{name}").write_text(f"{text}\n")
-        assert room.memory(params).found.startswith(f"{free}.0 of {total}.0 GB of the machine are free")
+        assert room.memory(params, 1, 1).found.startswith(f"{free}.0 of {total}.0 GB of the machine are free")
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_told(params, monkeypatch):

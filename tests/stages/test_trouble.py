@@ -57,10 +57,8 @@ def test_a_training_that_is_done_while_the_store_is_gone_asks_to_be_started_agai
     workspace = make_workspace("gone")
     port = str(urlsplit(local_services.environment["AWS_ENDPOINT_URL"]).port)
     through_relay = {name: f"http://127.0.0.2:{port}" for name in ("AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")}
-    with (
-        subprocess.Popen([sys.executable, Path(__file__).with_name("relay.py"), "127.0.0.2", "127.0.0.1", port]) as relay,
-        workspace.log.open("w") as output,
-    ):
+    relay = subprocess.Popen([sys.executable, Path(__file__).with_name("relay.py"), "127.0.0.2", "127.0.0.1", port])
+    with workspace.log.open("w") as output:
         trainer = subprocess.Popen(
             [sys.executable, "-c", HURRIED],
             cwd=workspace.root,
@@ -68,9 +66,14 @@ def test_a_training_that_is_done_while_the_store_is_gone_asks_to_be_started_agai
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+    try:
         workspace.wait_for("checkpoint 4 registered", trainer)
         relay.kill()
         assert trainer.wait(120) == EXIT_UNAVAILABLE, workspace.log.read_text()
+    finally:
+        for process in (relay, trainer):
+            process.kill()
+            process.wait()
     told = workspace.log.read_text()
     assert re.search("not registered: step 24: .*the store does not answer", told) and "run the same command again to register" in told, told
 

@@ -150,7 +150,7 @@ def test_too_little_memory_for_one_clip_is_told_with_what_helps(params: Params):
 
 
 class Pair(Member):
-    """One of two processes; the other is told to stop after `stopping` calls, and could not read a clip at each step."""
+    """One of two processes; the other is told to stop at the call of that number, and could not read a clip at each step."""
 
     def __init__(self, rank: int, stopping: int):
         super().__init__(rank, 2)
@@ -191,7 +191,8 @@ def test_told_to_stop_anywhere_all_stop_after_the_same_step_and_only_the_leader_
         return Validation({"psnr": 20.0}, b"")
 
     every_second = params.train.model_copy(update={"validate_every": 2, "checkpoint_every": 100})
-    # Three calls for two steps: the first is saved, for which nobody waits; the second is validated, after which all are asked again.
+    # One call before the first step, and three for two steps: the first is saved, for which nobody waits; the second is validated, after which
+    # all are asked again.
     done = train(
         params.model_copy(update={"train": every_second}),
         state,
@@ -199,7 +200,7 @@ def test_told_to_stop_anywhere_all_stop_after_the_same_step_and_only_the_leader_
         heard,
         validate,
         stop,
-        Pair(rank, stopping=4),
+        Pair(rank, stopping=5),
     )
 
     assert not done and stop.reason is None

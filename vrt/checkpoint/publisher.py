@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from vrt.checkpoint.errors import CheckpointError, LeaseLost, StoreUnavailable
+from vrt.checkpoint.errors import CheckpointError, LeaseLost, StoreRefuses, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import FileEntry, Manifest, problems_of
 from vrt.checkpoint.resume import Registered
@@ -171,7 +171,8 @@ class Publisher:
                 pause = min(2 * pause, LONGEST_PAUSE)
                 if str(error) != self._trouble:
                     log.warning("publishing is held up, training goes on: %s", error, exc_info=not isinstance(error, StoreUnavailable | LeaseLost))
-                self._trouble, self._only_unanswered = str(error), isinstance(error, StoreUnavailable)
+                self._trouble = str(error)
+                self._only_unanswered = isinstance(error, StoreUnavailable) and not isinstance(error, StoreRefuses)
                 with self._changed:
                     self._changed.wait(1.0 if self._finishing else pause)
 

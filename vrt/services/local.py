@@ -8,7 +8,7 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Literal
 
-from vrt.observe import log
+from vrt.observe import log, without_credentials
 from vrt.services import endpoints, process, project, servers, state
 from vrt.services.endpoints import Endpoints
 from vrt.services.servers import TITLES, Server
@@ -44,7 +44,7 @@ def up(home: Path | None = None) -> list[ServiceState]:
         settings = state.load(folder) or state.new_state(state.DEFAULT_PORTS)
         given = endpoints.given(environ, settings.endpoints)
         for name, address in given.items():
-            log.info("%s is given by the environment: %s", TITLES[name], address)
+            log.info("%s is given by the environment: %s", TITLES[name], without_credentials(address))
         names = [name for name in TITLES if name not in given]
         # Addresses of ours that a shell had from `vrt services env` are not the user's choice, and they may be about to move.
         stale = {variable for name in names for variable in endpoints.GIVEN_BY[name]}
@@ -179,7 +179,7 @@ def _check_alive(server: Server, child: Popen[bytes] | None, seconds: float) -> 
 
 def _look(name: str, given: str | None, server: Server | None) -> ServiceState:
     if given:
-        return ServiceState(name, given, "up" if servers.reachable(given) else "not answering", given=True)
+        return ServiceState(name, without_credentials(given), "up" if servers.reachable(given) else "not answering", given=True)
     if server is None:
         return ServiceState(name, None, "down", given=False)
     running = process.members(server.mark)

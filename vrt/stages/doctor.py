@@ -1,6 +1,5 @@
 """`vrt doctor`: whether everything that a training needs is there and works, and how to mend what does not. Takes seconds, changes nothing."""
 
-import http.client
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from vrt.params import Params, load_params
 from vrt.services.remote import dvc_remote
 from vrt.stages import graphics
 from vrt.stages.finding import Finding
+from vrt.stages.provenance import THE_CODE
 from vrt.stages.room import disk, memory
 from vrt.stages.together import processes_here
 
@@ -68,7 +68,8 @@ def examine(params: Params, machines: int, before_preparing: bool) -> list[Findi
         return finding
 
     of_data = raw_data(params) if before_preparing else data(params)
-    found = [processor(params), processes(params, machines), memory(params), disk(params), of_data]
+    of_processes, here = processes(params, machines)
+    found = [processor(params), of_processes, memory(params, here, machines), disk(params), of_data]
     found.append(in_time("MLflow", of_mlflow))
     (home,) = homes or [None]
     found += [in_time("S3", lambda: s3(home)), in_time("DVC remote", remote)]
@@ -101,15 +102,15 @@ def processor(params: Params) -> Finding:
     return Finding("processor", "ok", found)
 
 
-def processes(params: Params, machines: int) -> Finding:
-    """Whether as many processes as asked for can share a batch, and have a GPU each where there are some."""
+def processes(params: Params, machines: int) -> tuple[Finding, int]:
+    """Whether as many processes as asked for can share a batch, and have a GPU each where there are some; and how many train here."""
     try:
         count = processes_here(params, params.train.processes, machines)
     except ValueError as error:
         found, _, remedy = str(error).rpartition("; ")
-        return Finding("processes", "wrong", found, remedy)
+        return Finding("processes", "wrong", found, remedy), 1
     on = f" on each of {machines} machines" if machines > 1 else ""
-    return Finding("processes", "ok", f"{count}{on}, for batches of {params.train.batch_size} clips")
+    return Finding("processes", "ok", f"{count}{on}; clips a step, of all together: {params.train.batch_size}"), count
 
 
 def data(params: Params) -> Finding:
@@ -224,11 +225,11 @@ def prefect() -> Finding:
         return Finding("Prefect", "warning", "no address", "only deployments need it: `vrt services up`, or set PREFECT_API_URL")
     shown = without_credentials(address)
     try:
-        with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER):
+        with urllib.request.urlopen(f"{shown.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER):
             return Finding("Prefect", "ok", f"{shown} answers")
     except urllib.error.HTTPError as error:
         return Finding("Prefect", "warning", f"{shown} answers {error.code}", "check PREFECT_API_URL and PREFECT_API_KEY; only deployments need it")
-    except (OSError, ValueError, http.client.InvalidURL) as error:
+    except (OSError, ValueError) as error:
         return Finding("Prefect", "warning", f"{shown} does not answer ({error})", "only deployments need it: `vrt services up`")
 
 
@@ -242,7 +243,7 @@ def git() -> Finding:
     commit = asked("rev-parse", "--short", "HEAD")
     if commit is None:
         return Finding("git", "warning", "no git, or no commit, here", "runs will not name their code: `git init`, `git commit`")
-    changed = asked("status", "--porcelain", "--untracked-files=no")
+    changed = asked("status", "--porcelain", "--untracked-files=no", *THE_CODE)
     return Finding("git", "ok", f"commit {commit}" + (", with changes, which runs keep as a diff" if changed else ""))
 
 

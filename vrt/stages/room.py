@@ -36,11 +36,14 @@ class Memory:
     gpu: int | None
     processes: int
     """How many share it."""
+    share: int
+    """Clips of a batch that each of them has."""
 
 
-def memory(params: Params) -> Finding:
-    """Whether there is room for what a training keeps from step to step, and on a GPU for the gradient of a clip."""
-    return judged_memory(params, _fullest_gpu(params) or _of_machine(params))
+def memory(params: Params, processes: int, machines: int) -> Finding:
+    """Whether there is room for what `processes` here keep from step to step, and on a GPU for the gradient of a clip."""
+    share = max(params.train.batch_size // (processes * machines), 1)
+    return judged_memory(params, _fullest_gpu(processes, share) or _of_machine(processes, share))
 
 
 def judged_memory(params: Params, seen: Memory) -> Finding:
@@ -65,7 +68,7 @@ def judged_memory(params: Params, seen: Memory) -> Finding:
 def _judged_clips(params: Params, seen: Memory, found: str) -> Finding:
     """What is to be said of a GPU that holds all but the clips."""
     wanted = params.train.clips_at_once
-    clips = 1 if wanted == "auto" else wanted
+    clips = 1 if wanted == "auto" else min(wanted, seen.share)
     each = clip_bytes(params)
     found = f"{found}, and each clip at once about {each / GB:.1f} GB"
     smaller = "lower train.crop or train.frames" if params.train.activation_checkpointing else "train.activation_checkpointing: true"
@@ -75,13 +78,12 @@ def _judged_clips(params: Params, seen: Memory, found: str) -> Finding:
     return Finding("memory", "ok", f"{found}; the start tries how many fit" if wanted == "auto" else found, remedy)
 
 
-def _fullest_gpu(params: Params) -> Memory | None:
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    used = gpus if params.train.processes == "auto" else min(params.train.processes, gpus)
-    return min((Memory(*torch.cuda.mem_get_info(gpu), gpu, 1) for gpu in range(used)), key=lambda seen: seen.free, default=None)
+def _fullest_gpu(processes: int, share: int) -> Memory | None:
+    used = min(processes, torch.cuda.device_count()) if torch.cuda.is_available() else 0
+    return min((Memory(*torch.cuda.mem_get_info(gpu), gpu, 1, share) for gpu in range(used)), key=lambda seen: seen.free, default=None)
 
 
-def _of_machine(params: Params) -> Memory:
+def _of_machine(processes: int, share: int) -> Memory:
     whole = psutil.virtual_memory()
     free, total = whole.available, whole.total
     limit = CONTROL_GROUP / "memory.max"
@@ -90,7 +92,7 @@ def _of_machine(params: Params) -> Memory:
         cached = int(re.search(r"^inactive_file (\d+)$", (CONTROL_GROUP / "memory.stat").read_text(), re.MULTILINE)[1])
         used = int((CONTROL_GROUP / "memory.current").read_text()) - cached
         free, total = min(free, int(most) - used), min(total, int(most))
-    return Memory(free, total, None, 1 if params.train.processes == "auto" else params.train.processes)
+    return Memory(free, total, None, processes, share)
 
 
 def disk(params: Params) -> Finding:

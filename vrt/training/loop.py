@@ -92,8 +92,8 @@ def train(
     saved = state.step
     with progress("train", plan.total_steps, "steps", done=state.step) as bar:
         # The attempt before may have been stopped at this step, without the time to validate it.
-        owed = team.leads and state.step and due(plan, state.step).validate and not state.history.has(state.step, "val/psnr")
-        if owed and validate_step(state, checkpoints, validate) is None and state.step == plan.total_steps:
+        owed = team.leads and state.step > 0 and due(plan, state.step).validate and not state.history.has(state.step, "val/psnr")
+        if team.any(owed and validate_step(state, checkpoints, validate) is None):
             return False
         speed, shown, skipped = Speed(state.step), {}, 0
         try:
