@@ -6,13 +6,14 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from vrt.lifecycle import OUTCOME, within
+from vrt.lifecycle import OUTCOME, SECONDS_TO_WIND_UP, StopRequest, ToldToStop, within
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -245,6 +246,17 @@ def test_what_was_abandoned_does_not_keep_a_command_from_ending(start):
     stuck = start(STUCK)
     assert stuck.wait(60) == 75
     assert stuck.stdout.read() == "False True\n"
+
+
+def test_what_can_be_done_again_is_given_up_only_after_a_while(monkeypatch):
+    stop = StopRequest()
+    stop.heed()
+    stop._ask("received SIGTERM")
+    stop.heed()
+    asked = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: asked + SECONDS_TO_WIND_UP + 1)
+    with pytest.raises(ToldToStop, match="received SIGTERM"):
+        stop.heed()
 
 
 def test_a_process_of_several_whose_launcher_is_gone_ends_as_ever(start, tmp_path, monkeypatch):

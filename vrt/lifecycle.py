@@ -41,7 +41,7 @@ OUTCOME = "VRT_OUTCOME"
 
 SECONDS_TO_SAVE = 60
 """A trainer that is told to stop finishes its step, saves and publishes within this time."""
-SECONDS_TO_WIND_UP = 20.0
+SECONDS_TO_WIND_UP = 10.0
 """So long what can be done again later goes on after the request; the rest is for saving and publishing."""
 SECONDS_BETWEEN_LOOKS = 0.5
 

@@ -46,3 +46,14 @@ def test_it_is_tried_again_as_long_as_a_service_does_not_answer(ends, looks, suc
         with pytest.raises(CommandFailed):
             outages.through_outages(["c"], project, logging.getLogger())
     assert next(left, None) is next(seen, None) is None, "all that was to come was asked for"
+
+
+def test_of_our_own_commands_the_code_tells(monkeypatch):
+    ends = [Ended("c", EXIT_UNAVAILABLE, ()), Ended("c", 1, ("damaged",))]
+    monkeypatch.setattr(outages, "SECONDS_BETWEEN_TRIES", 0.0)
+    monkeypatch.setattr(outages, "Watch", lambda status, logger: nullcontext(SimpleNamespace(interruption=lambda: None)))
+    monkeypatch.setattr(outages, "run", lambda *_, **__: ends.pop(0))
+    monkeypatch.setattr(outages, "look", lambda *_: (DONE, found(DOWN)))
+    with pytest.raises(CommandFailed, match="damaged"):
+        outages.through_outages(["vrt", "checkpoints", "verify"], SimpleNamespace(folder=None, status=None), logging.getLogger())
+    assert ends == []

@@ -113,6 +113,8 @@ def test_a_password_in_an_address_is_not_shown(here, services, monkeypatch):
     findings = [doctor.prefect(), found(doctor.mlflow)[0], *(service for service in local.status() if service.name in ("prefect", "mlflow"))]
     assert [finding.state for finding in findings] == ["ok", "ok", "up", "up"]
     assert "secret" not in str(findings)
+    monkeypatch.setenv("PREFECT_API_URL", "http://somebody:se#cret@127.0.0.1:4200/api")
+    assert doctor.prefect().state == "warning" and doctor.prefect().found == "PREFECT_API_URL is no address"
 
 
 def test_a_wrong_key_is_told_from_a_store_that_is_gone(here, monkeypatch):

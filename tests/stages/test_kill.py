@@ -68,7 +68,7 @@ def test_sigterm_saves_the_step_at_hand_and_asks_to_be_continued(make_workspace,
     assert_same_training(uninterrupted, workspace)
 
 
-# What is not done is given up at once, and not after a third of the time that a save may take.
+# What is not done is given up at once, and not after ten seconds.
 WITHOUT_PATIENCE = """
 import sys
 from vrt import lifecycle

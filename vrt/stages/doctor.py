@@ -1,5 +1,6 @@
 """`vrt doctor`: whether everything that a training needs is there and works, and how to mend what does not. Takes seconds, changes nothing."""
 
+import http.client
 import json
 import os
 import shutil
@@ -213,7 +214,7 @@ def _ahead_of_mlflow() -> float | None:
     try:
         with urllib.request.urlopen(without_credentials(os.environ.get("MLFLOW_TRACKING_URI", "")), timeout=SECONDS_TO_ANSWER) as answer:
             told = answer.headers.get("Date")
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.InvalidURL):
         return None
     return time.time() - parsedate_to_datetime(told).timestamp() if told else None
 
@@ -229,6 +230,8 @@ def prefect() -> Finding:
             return Finding("Prefect", "ok", f"{shown} answers")
     except urllib.error.HTTPError as error:
         return Finding("Prefect", "warning", f"{shown} answers {error.code}", "check PREFECT_API_URL and PREFECT_API_KEY; only deployments need it")
+    except http.client.InvalidURL:
+        return Finding("Prefect", "warning", "PREFECT_API_URL is no address", "it looks like http://HOST:4200/api; only deployments need it")
     except (OSError, ValueError) as error:
         return Finding("Prefect", "warning", f"{shown} does not answer ({error})", "only deployments need it: `vrt services up`")
 

@@ -50,7 +50,8 @@ from vrt.training.session import SnapshotSink, Unkept, build_state, hand_out
 # A finished training has time to wait for a store that is down; one that was told to stop has not (see `Publisher.finish`).
 SECONDS_TO_PUBLISH = 600.0
 SECONDS_TO_CLOSE = 10.0
-"""For the run's status, where there is no time: with what `Publisher.finish` and `Lease.release` take, less than SECONDS_TO_SAVE."""
+"""For the run's status, where there is no time: with SECONDS_TO_WIND_UP and what `Publisher.finish` and `Lease.release` take, less than
+SECONDS_TO_SAVE."""
 
 
 @dataclass
