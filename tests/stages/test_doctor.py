@@ -70,12 +70,12 @@ def test_services_that_are_gone_are_named_with_what_to_run(here):
 def test_a_service_that_takes_questions_and_answers_none_holds_nobody_up(here, services, monkeypatch):
     with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setattr(doctor, "SECONDS_FOR_A_STORE", 1)
         for variable in ("AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL"):
             monkeypatch.setenv(variable, address)
+        assert doctor.in_time("DVC remote", doctor.remote).state == "ok", "which is another server"
+        monkeypatch.setattr(doctor, "SECONDS_FOR_A_STORE", 1)
         finding = doctor.in_time("S3", of_s3)
         assert (finding.state, finding.found) == ("unavailable", "no answer within 1 s")
-        assert doctor.in_time("DVC remote", doctor.remote).state == "ok", "which is another server"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         findings = {finding.subject: finding for finding in doctor.examine(load_params(Path("params.yaml")), 1, before_preparing=False)}
         assert findings["MLflow"].found == "no answer within 1 s" and findings["S3"].remedy == "mend MLflow first"
