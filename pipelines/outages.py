@@ -30,7 +30,7 @@ def said(finding: Mapping[str, Any]) -> str:
     return "; ".join(filter(None, [f"{finding['subject']}: {finding['found']}", finding["remedy"]]))
 
 
-def services(findings: Findings) -> str:
+def state_of_services(findings: Findings) -> str:
     """wrong: one needs a person, such as for its rights; unavailable: one does not answer; ok."""
     states = {finding["state"] for finding in findings if finding["subject"] in SERVICES}
     return next((state for state in ("wrong", "unavailable") if state in states), "ok")
@@ -41,7 +41,7 @@ def through_outages(command: Sequence[str], project: Project, logger: Logger, fo
 
     Raises CommandFailed where it fails for another reason.
     """
-    lives = 1
+    may_be_over = True
     with Watch(project.status, logger) as watch:
         while True:
             ended = run(command, logger, folder or project.folder, interruption=watch.interruption, answers=answers)
@@ -49,11 +49,11 @@ def through_outages(command: Sequence[str], project: Project, logger: Logger, fo
             told = ended.of_stage or command[0] == "vrt"
             if ended.code == 0 or (told and ended.code != EXIT_UNAVAILABLE):
                 return ended.check()
-            found = services(look(project, logger, watch)[1])
-            # The outage may be over by now.
-            lives -= found == "ok"
-            if found == "wrong" or lives < 0:
+            found = state_of_services(look(project, logger, watch)[1])
+            if found == "wrong" or (found == "ok" and not may_be_over):
                 return ended.check()
+            # By the time one looks: believed once.
+            may_be_over = may_be_over and found != "ok"
             seconds = SECONDS_BETWEEN_TRIES if found == "unavailable" else 0.0
             logger.warning("`%s` failed, for want of a service it seems; trying again in %.0f s", ended.command, seconds)
             pause(seconds, watch.interruption)

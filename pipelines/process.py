@@ -130,7 +130,7 @@ def _wait(child: subprocess.Popen, interruption: Callable[[], Exception | None])
                 raise reason from None
 
 
-def pause(seconds: float, interruption: Callable[[], Exception | None] = launcher_gone) -> None:
+def pause(seconds: float, interruption: Callable[[], Exception | None]) -> None:
     """Wait. Raises what `interruption` gives once there is a reason."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from pipelines.attempts import LONGEST_PAUSE, Attempt, End, decide, end_of, table
 from pipelines.exclusive import InUse, the_only_run_of
-from pipelines.outages import SECONDS_BETWEEN_TRIES, look, said, services, through_outages
+from pipelines.outages import SECONDS_BETWEEN_TRIES, look, said, state_of_services, through_outages
 from pipelines.process import DVC, PROJECT, LauncherGone, pause, run
 from pipelines.project import PULL_RAW_DATA, RECIPES, Project, make, plan
 from pipelines.summary import closing_page
@@ -85,7 +85,7 @@ def train_to_the_end(project: Project, told: Mapping[str, str], retry_pause: flo
             started = time.time()
             ended = run(command, logger, project.folder, told, watch.interruption)
             code = ended.code
-            if code > 0 and not ended.of_stage and services(look(project, logger, watch)[1]) == "unavailable":
+            if code > 0 and not ended.of_stage and state_of_services(look(project, logger, watch)[1]) == "unavailable":
                 # DVC itself failed, for want of its remote: the trainer was not even started, or what it made not kept.
                 code = EXIT_UNAVAILABLE
             attempts.append(Attempt(end_of(code), code, started, watch.status(), "\n".join(ended.tail)))

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import boto3
@@ -186,11 +186,17 @@ class Workspace:
 
     def start(self, *command: str, **options) -> subprocess.Popen:
         """`python -m COMMAND` in the workspace; its output goes to `log`, which is emptied first."""
+        return self._launch("-m", *command, **options)
+
+    def train_with(self, module: str, constant: str, value: float, variables: Mapping[str, str] = {}) -> subprocess.Popen:  # noqa: B006
+        """`vrt train`, started as by `start`, with another value of a constant of the code, such as how long it is patient."""
+        script = f"import sys, {module} as changed; changed.{constant} = {value}; from vrt.cli import program; sys.argv[1:] = ['train']; program()"
+        return replace(self, environment={**self.environment, **variables})._launch("-c", script)
+
+    def _launch(self, *words: str, **options) -> subprocess.Popen:
         self.log.write_text("")
         with self.log.open("a") as output:
-            return subprocess.Popen(
-                [sys.executable, "-m", *command], cwd=self.root, env=self.environment, stdout=output, stderr=subprocess.STDOUT, **options
-            )
+            return subprocess.Popen([sys.executable, *words], cwd=self.root, env=self.environment, stdout=output, stderr=subprocess.STDOUT, **options)
 
     def run(self, *command: str, cwd: Path | None = None, variables: Mapping[str, str] = {}) -> subprocess.CompletedProcess:  # noqa: B006
         """`python -m COMMAND` to its end; `stdout` holds all it printed."""

@@ -68,25 +68,11 @@ def test_sigterm_saves_the_step_at_hand_and_asks_to_be_continued(make_workspace,
     assert_same_training(uninterrupted, workspace)
 
 
-# What is not done is given up at once, and not after ten seconds.
-WITHOUT_PATIENCE = """
-import sys
-from vrt import lifecycle
-from vrt.cli import program
-lifecycle.SECONDS_TO_WIND_UP = 0.0
-sys.argv[1:] = ["train"]
-program()
-"""
-
-
 def test_told_to_stop_during_a_validation_it_gives_that_up_saves_and_makes_up_for_it(make_workspace):
     workspace = make_workspace("validating")
     # Hundreds of tiles, which take longer than five seconds: then the log tells of them.
     workspace.edit(train__total_steps=8, evaluate__tile=[2, 16, 16], evaluate__overlap=[1, 14, 14])
-    with workspace.log.open("w") as output:
-        trainer = subprocess.Popen(
-            [sys.executable, "-c", WITHOUT_PATIENCE], cwd=workspace.root, env=workspace.environment, stdout=output, stderr=subprocess.STDOUT
-        )
+    trainer = workspace.train_with("vrt.lifecycle", "SECONDS_TO_WIND_UP", 0.0)
     workspace.wait_for("evaluate val", trainer)
     trainer.terminate()
     assert trainer.wait(60) == 75, workspace.log.read_text()

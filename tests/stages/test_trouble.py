@@ -42,30 +42,12 @@ def test_services_that_are_down_are_named_at_the_start(make_workspace):
     assert "Traceback" not in ended.stdout
 
 
-# With less patience than a training has once all is trained.
-HURRIED = """
-import sys
-from vrt.cli import program
-from vrt.stages import train
-train.SECONDS_TO_PUBLISH = 3.0
-sys.argv[1:] = ["train"]
-program()
-"""
-
-
 def test_a_training_that_is_done_while_the_store_is_gone_asks_to_be_started_again_and_is_registered_then(make_workspace, local_services):
     workspace = make_workspace("gone")
     port = str(urlsplit(local_services.environment["AWS_ENDPOINT_URL"]).port)
     through_relay = {name: f"http://127.0.0.2:{port}" for name in ("AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")}
     relay = subprocess.Popen([sys.executable, Path(__file__).with_name("relay.py"), "127.0.0.2", "127.0.0.1", port])
-    with workspace.log.open("w") as output:
-        trainer = subprocess.Popen(
-            [sys.executable, "-c", HURRIED],
-            cwd=workspace.root,
-            env={**workspace.environment, **through_relay},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    trainer = workspace.train_with("vrt.stages.train", "SECONDS_TO_PUBLISH", 3.0, through_relay)
     try:
         workspace.wait_for("checkpoint 4 registered", trainer)
         relay.kill()

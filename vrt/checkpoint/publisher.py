@@ -81,8 +81,7 @@ class Publisher:
         self._refusals = 0
         self._notes: dict[str, str] = {}
         self._files: dict[str, Mapping[str, bytes]] = {}
-        self._trouble = ""
-        self._only_unanswered = True
+        self._trouble: Exception | None = None
         self._finishing = False
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
 
@@ -98,7 +97,8 @@ class Publisher:
     @property
     def may_arrive_later(self) -> bool:
         """Whether what `finish` found missing only wants an answer of store or registry: then the same command registers it, once they give one."""
-        return self._only_unanswered and not (self._refused or self._refused_rows)
+        unanswered = self._trouble is None or (isinstance(self._trouble, StoreUnavailable) and not isinstance(self._trouble, StoreRefuses))
+        return unanswered and not (self._refused or self._refused_rows)
 
     def publish(self, manifest: Manifest, started: float | None = None) -> None:
         """Publish and register a committed checkpoint, in the background.
@@ -146,10 +146,11 @@ class Publisher:
         wait_for(self._thread, seconds, hurry, SECONDS_IN_A_HURRY)
         with self._changed:
             missing = [*self._refused_rows, *(f"step {step}: {reason}" for step, reason in self._refused.items())]
-            missing += [f"step {manifest.step}: {self._trouble or 'not published in time'}" for manifest in self._waiting]
-            missing += [f"{address}: {self._trouble or 'not sent in time'}" for address in self._files]
+            trouble = str(self._trouble or "")
+            missing += [f"step {manifest.step}: {trouble or 'not published in time'}" for manifest in self._waiting]
+            missing += [f"{address}: {trouble or 'not sent in time'}" for address in self._files]
             if self._rows:
-                missing.append(f"metrics of {len(self._rows)} steps: {self._trouble or 'not sent in time'}")
+                missing.append(f"metrics of {len(self._rows)} steps: {trouble or 'not sent in time'}")
             return missing
 
     def _run(self) -> None:
@@ -162,17 +163,16 @@ class Publisher:
                     return
             try:
                 self._work()
-                self._trouble, self._only_unanswered, pause = "", True, SECONDS_BETWEEN_SENDS
+                self._trouble, pause = None, SECONDS_BETWEEN_SENDS
             except LeaseLost as error:
-                self._trouble, self._only_unanswered = str(error), False
+                self._trouble = error
                 return
             except Exception as error:
                 # Whatever it is, the training must go on and the checkpoint is safe on disk: say it and try again.
                 pause = min(2 * pause, LONGEST_PAUSE)
-                if str(error) != self._trouble:
+                if str(error) != str(self._trouble or ""):
                     log.warning("publishing is held up, training goes on: %s", error, exc_info=not isinstance(error, StoreUnavailable | LeaseLost))
-                self._trouble = str(error)
-                self._only_unanswered = isinstance(error, StoreUnavailable) and not isinstance(error, StoreRefuses)
+                self._trouble = error
                 with self._changed:
                     self._changed.wait(1.0 if self._finishing else pause)
 
