@@ -30,6 +30,19 @@ def test_kept_attention_has_the_values_and_gradients_of_its_definition(biased: b
         torch.testing.assert_close(a, b)
 
 
+def test_separated_tokens_weigh_nothing_rather_than_a_subnormal_number_and_nan_stays() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 6, 4, requires_grad=True) for _ in range(3))
+    apart = torch.zeros(2, 1, 6, 6)
+    apart[..., :3] = -100.0
+    *_, weights, _ = KeptAttention.apply(q, k, v, None, apart).grad_fn.saved_tensors
+    assert (weights[..., :3] == 0).all()
+    assert (weights[..., 3:] > 0).all()
+    with torch.no_grad():
+        q[0, 0, 0, 0] = torch.nan
+    assert KeptAttention.apply(q, k, v, None, apart)[0, 0, 0].isnan().all()
+
+
 def outcome(module: WindowAttention, x: Tensor, separation: Separation) -> list[Tensor]:
     """The output, and the gradients of x and of every parameter."""
     out = module(x, (2, 4, 4), separation)
