@@ -68,6 +68,26 @@ def test_sigterm_saves_the_step_at_hand_and_asks_to_be_continued(make_workspace,
     assert_same_training(uninterrupted, workspace)
 
 
+@pytest.mark.long
+def test_a_compiled_training_killed_and_moved_to_a_machine_without_its_compiled_code_ends_bit_identically(make_workspace, tmp_path):
+    undisturbed, killed = make_workspace("compiled"), make_workspace("compiled-killed")
+    for workspace in (undisturbed, killed):
+        # Blocks of every kind: mutual and self attention, shifted or not, dropped or not.
+        workspace.edit(train__compile=True, train__threads=2, network__depths=[4, 1, 1, 1, 1, 1, 4, 2])
+    ended = undisturbed.run("vrt", "train")
+    assert ended.returncode == 0, ended.stdout
+    trainer = killed.start("vrt", "train")
+    killed.wait_for("checkpoint 4 registered", trainer)
+    trainer.kill()
+    assert trainer.wait() == -signal.SIGKILL, "the training ended before the kill: train longer"
+
+    ended = killed.run("vrt", "train", variables={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")})
+
+    assert ended.returncode == 0, ended.stdout
+    assert list((tmp_path / "compiled").iterdir()), "nothing was compiled"
+    assert_same_training(undisturbed, killed)
+
+
 def test_told_to_stop_during_a_validation_it_gives_that_up_saves_and_makes_up_for_it(make_workspace):
     workspace = make_workspace("validating")
     # Hundreds of tiles, which take longer than five seconds: then the log tells of them.
