@@ -82,6 +82,15 @@ def test_the_aliases_lead_to_the_newest_and_the_best_that_are_left_and_the_champ
     assert led_to() == {"latest-step": "60"}
 
 
+def test_a_step_that_was_validated_late_says_so_and_can_be_the_best(curator, commit, folder):
+    for step, metrics in ((80, {"val/psnr": 31.0}), (100, {}), (120, {})):
+        curator.register(commit(folder, step, lineage=curator.lineage.id, metrics=metrics), f"s3://mlflow/x/{step:08d}", folder.path)
+    curator.score({80: {"val/psnr": 99.0}, 100: {"val/psnr": 32.5, "val/ssim": 0.875}, 110: {"val/psnr": 99.0}})
+    assert {step: one.psnr for step, one in curator.registered().items() if step >= 80} == {80: 31.0, 100: 32.5, 120: None}
+    assert curator.tags_of(100)["val_ssim"] == "0.875"
+    assert curator.led_to("best") == (curator.lineage.id, 100)
+
+
 def test_a_run_that_nobody_trains_any_more_is_marked_killed_once(curator):
     client = MlflowClient()
     assert not curator.settle(lambda: False)

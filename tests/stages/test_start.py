@@ -12,13 +12,18 @@ from vrt.checkpoint.curator import Curator
 from vrt.checkpoint.errors import CheckpointError
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import Manifest
+from vrt.checkpoint.store import S3Store
 from vrt.data.clips import PreparedData
+from vrt.lifecycle import EXIT_CONTINUE_ME, EXIT_DONE, ToldToStop
 from vrt.model.network import VRT
 from vrt.params import load_params
-from vrt.stages import CHECKPOINTS, PREPARED
+from vrt.stages import CHECKPOINTS, MODEL, PREPARED
 from vrt.stages import train as stage
 from vrt.stages.lineage import lineage_of
 from vrt.stages.train import run_training
+from vrt.training.loop import Validation
+
+SCORES = {4: 30.0, 8: 34.0, 12: 31.0, 16: 35.0}
 
 
 class Project:
@@ -102,6 +107,60 @@ def test_a_fork_goes_on_as_its_parent_did_and_is_a_lineage_of_its_own_that_wins_
     assert registry.attach()
     registry.unregister(12)
     assert f"forked {child}@12: going on at step 13 of 13" in project.train(13, checkpoints__resume=f"fork {child}@12")
+
+
+@pytest.fixture
+def cut_short(monkeypatch) -> set[int]:
+    """Validations have the scores of SCORES; at the steps that are in this set they are told to stop, once."""
+    steps, real = set(), stage.train
+
+    def train(params, state, batches, checkpoints, validate, *rest):
+        def measured(network) -> Validation:
+            if state.step in steps:
+                steps.remove(state.step)
+                raise ToldToStop("received SIGTERM")
+            found = validate(network)
+            return Validation(found.metrics | {"psnr": SCORES[state.step]}, found.preview)
+
+        return real(params, state, batches, checkpoints, measured, *rest)
+
+    monkeypatch.setattr(stage, "train", train)
+    return steps
+
+
+def test_a_validation_made_up_for_later_counts_and_keeps_its_step_among_the_best(project, cut_short):
+    def scores() -> dict[int, str | None]:
+        return {step: tags.get("val_psnr") for step, tags in project.versions().items()}
+
+    cut_short |= {8, 16}
+    project.edit(train__total_steps=16, checkpoints__keep_last=1, checkpoints__keep_best=1)
+    assert run_training(Path("params.yaml")) == EXIT_CONTINUE_ME
+    assert scores() == {4: "30", 8: None}, "what another step was worth is not said of this one"
+    assert run_training(Path("params.yaml")) == EXIT_CONTINUE_ME
+    assert scores() == {8: "34", 16: None}
+    # The last one is not followed by another that would be registered.
+    assert run_training(Path("params.yaml")) == EXIT_DONE
+    assert scores() == {8: "34", 16: "35"}
+    assert Curator(project.lineage).led_to("best") == (project.lineage.id, 16)
+
+
+def test_with_fewer_steps_than_there_are_the_one_gone_back_to_stays_and_is_left_as_the_result(project):
+    project.train(12)
+    registry = Curator(project.lineage)
+    assert registry.attach()
+    # As if store and registry had been down when it was saved: this machine alone has it, and registers it now.
+    address = registry.registered()[12].address
+    registry.unregister(12)
+    S3Store(registry.checkpoints_address).delete(address)
+
+    project.train(8, checkpoints__keep_last=1, checkpoints__keep_best=0)
+
+    assert project.versions().keys() == {8, 12}
+    assert sorted(path.name for path in MODEL.iterdir()) == ["8_E.pth", "8_G.pth", "8_manifest.json"]
+    project.edit(train__total_steps=7)
+    with pytest.raises(CheckpointError, match=r"train\.total_steps is 7, and all its checkpoints lie beyond: 12, 8; raise it to 8 or more to go on"):
+        run_training(Path("params.yaml"))
+    assert project.folder.steps() == [12, 8], "nothing was moved aside"
 
 
 def test_how_the_machine_computes_is_what_the_params_say(project, monkeypatch):

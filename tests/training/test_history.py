@@ -47,3 +47,10 @@ def test_the_table_has_the_steps_at_which_all_its_columns_were_logged():
     table = history.to_csv(["a", "b"])
     assert table.splitlines()[0] == "step,a,b"
     assert [{key: float(value) for key, value in row.items()} for row in csv.DictReader(io.StringIO(table))] == [{"step": 2, "a": 1 / 3, "b": 2.0}]
+
+
+def test_a_checkpoint_says_of_validations_only_its_own():
+    history = History([{"step": 4, "train/loss": 0.5, "val/psnr": 30.0}, {"step": 8, "train/loss": 0.25}])
+    assert history.metrics_of(4) == {"train/loss": 0.25, "val/psnr": 30.0}
+    assert history.metrics_of(8) == history.metrics_of(9) == {"train/loss": 0.25}
+    assert history.scores() == {4: {"val/psnr": 30.0}}

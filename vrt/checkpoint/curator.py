@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from vrt.checkpoint.errors import CheckpointError, StoreUnavailable
-from vrt.checkpoint.registry import CHAMPION, HELD, PINNED, MlflowRegistry
+from vrt.checkpoint.registry import CHAMPION, HELD, PINNED, MlflowRegistry, shown
 from vrt.checkpoint.tracking import Lineage, lease_address
 from vrt.observe import log
 
@@ -96,6 +96,20 @@ class Curator(MlflowRegistry):
             for version in self._of_step(client, step):
                 for key, value in tags.items():
                     client.set_model_version_tag(self.lineage.model, version.version, key, value)
+
+    def score(self, scores: Mapping[int, Mapping[str, float]]) -> None:
+        """Say of each registered step how good it is, where that was measured only after it was registered, and let `best` follow.
+
+        `scores`: what the validations measured, by step. Repeating it does nothing.
+        """
+        with self.guarded() as client:
+            versions = self._versions(client)
+            late = [version for version in versions if "val_psnr" not in version.tags and int(version.tags["step"]) in scores]
+            for version in late:
+                for key, value in shown(scores[int(version.tags["step"])]).items():
+                    client.set_model_version_tag(self.lineage.model, version.version, key, value)
+            if late:
+                self._point_aliases(client, self._versions(client))
 
     def crown(self, step: int) -> None:
         """Let the alias `champion` point to a registered step."""

@@ -1,6 +1,6 @@
 """The registry: where a checkpoint becomes registered, as a version of a model in MLflow."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -144,7 +144,7 @@ class MlflowRegistry(MlflowRun):
             wanted[LATEST_STEP] = str(max(versions, key=lambda version: int(version.tags["step"])).version)
         scored = [version for version in versions if "val_psnr" in version.tags]
         if scored:
-            # Among equals the earliest was measured, as in `retention.retain`.
+            # The earliest among equals, as in `retention.retain`.
             wanted[BEST] = str(min(scored, key=lambda version: (-float(version.tags["val_psnr"]), int(version.tags["step"]))).version)
         for alias in (LATEST_STEP, BEST):
             if alias in wanted and before.get(alias) != wanted[alias]:
@@ -176,9 +176,13 @@ class MlflowRegistry(MlflowRun):
 
 def _facts(manifest: Manifest) -> dict[str, str]:
     """The tags of a version, no more than people look for: each costs time whenever all versions are listed. The manifest has the rest."""
-    shown = {key.replace("/", "_"): f"{manifest.metrics[key]:.6g}" for key in SHOWN if key in manifest.metrics}
     facts = {"step": str(manifest.step), "lineage": manifest.lineage, "digest": manifest.digest, "bytes": str(manifest.size)}
-    return facts | shown | {key: manifest.origin[key] for key in ("attempt", "code_version", "parent") if key in manifest.origin}
+    return facts | shown(manifest.metrics) | {key: manifest.origin[key] for key in ("attempt", "code_version", "parent") if key in manifest.origin}
+
+
+def shown(metrics: Mapping[str, float]) -> dict[str, str]:
+    """The metrics that a version is tagged with."""
+    return {key.replace("/", "_"): f"{metrics[key]:.6g}" for key in SHOWN if key in metrics}
 
 
 def _registered(version, champion: str | None) -> Registered:

@@ -17,13 +17,17 @@ from vrt.typed_yaml import ParamsError
 
 
 def leave_result(folder: CheckpointFolder, step: int, history: History) -> None:
-    """Copy the weights of a checkpoint, with its manifest, into the folder that DVC versions as the trained model; and write the report."""
+    """Copy the weights of a checkpoint, with its manifest, into the folder that DVC versions as the trained model; and write the report.
+
+    Raises CheckpointError where the folder has no such checkpoint.
+    """
+    manifest = folder.manifest(step)
     unfinished = MODEL.with_name(f".unfinished-{MODEL.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    for name in (f"{step}_{NETWORK}", f"{step}_{EMA}", manifest_name(step)):
-        if (folder.path / name).exists():
-            shutil.copy2(folder.path / name, unfinished / name)
+    weights = [file.name for file in manifest.files if file.name in (f"{step}_{NETWORK}", f"{step}_{EMA}")]
+    for name in [*weights, manifest_name(step)]:
+        shutil.copy2(folder.path / name, unfinished / name)
     if MODEL.exists():
         shutil.rmtree(MODEL)
     unfinished.replace(MODEL)

@@ -80,7 +80,8 @@ def resume(
         way = "to begin so again, start once with `vrt train --resume auto` in between"
         log.info("%s: resume: %s was done by an earlier attempt; going on from the newest checkpoint (%s)", lineage, policy, way)
         policy = AUTO
-    registered = registry.registered()
+    registered, published = registry.registered(), _published(store)
+    refuse_to_go_back_to_nothing(lineage, {*folder.steps(), *registered, *published}, total_steps)
     parts: list[Parts] = []
     manifest = newest_healthy(
         folder,
@@ -89,7 +90,7 @@ def resume(
         store,
         total_steps,
         policy=policy,
-        published=_published(store),
+        published=published,
         load=lambda manifest: parts.append(read(state, manifest, folder.path)),
         hold=registry.hold,
         tell=lambda decision: _note(decision, note),
@@ -120,6 +121,16 @@ def resume(
     return True
 
 
+def refuse_to_go_back_to_nothing(lineage: str, steps: set[int], total_steps: int) -> None:
+    """Raises CheckpointError where there are checkpoints, and all of them lie beyond the end of the training."""
+    if steps and min(steps) > total_steps:
+        listed = ", ".join(map(str, sorted(steps, reverse=True)[:10]))
+        raise CheckpointError(
+            f"{lineage}: train.total_steps is {total_steps}, and all its checkpoints lie beyond: {listed}; raise it to {min(steps)} or more to go "
+            "on from them, or train under another `name`"
+        )
+
+
 def begun(registry: Curator, policy: ResumePolicy) -> bool:
     """Whether an earlier attempt has done what the policy says of how to begin."""
     return registry.noted("began") == str(policy)
@@ -127,6 +138,7 @@ def begun(registry: Curator, policy: ResumePolicy) -> bool:
 
 def _keep_files_without_manifest(folder: CheckpointFolder) -> None:
     """A save that was cut off leaves such files, which nobody needs; but a person may have put them there: don't train over them."""
+    assert not folder.steps(), "it starts at step 1 beside checkpoints"
     for step in complete_steps(steps_by_part(path.name for path in folder.path.iterdir())):
         aside = folder.set_aside(step, into="without-manifest")
         log.warning(

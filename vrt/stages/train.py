@@ -4,7 +4,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,7 @@ from vrt.stages.run_page import about_checkpoints, run_page
 from vrt.stages.start import refuse_surprise, resume
 from vrt.status import STATUS, StatusFile, TrainingStatus
 from vrt.training.determinism import determinism
+from vrt.training.history import History
 from vrt.training.loop import Checkpoints, TrainingState, Validation, train
 from vrt.training.memory import clips_at_once
 from vrt.training.session import SnapshotSink, Unkept, build_state, hand_out
@@ -65,6 +66,8 @@ class Keeper:
     publisher: Publisher
     saver: Saver
     status: StatusFile
+    history: History = field(default_factory=History)
+    """That of the training, once it is known where it goes on."""
 
 
 def run_training(params_path: Path, resume_from: str | None = None) -> int:
@@ -150,10 +153,11 @@ def lead(training: Training, started: float) -> int:
             keeper.publisher.put_beside(folder_of(registry.artifacts_address, registry.attempt), collect(training.params_path))
             state = build_state(params, training.device)
             at_the_end.enter_context(keeper.status.reporting(lambda: state.step))
-            if resume(state, keeper.folder, keeper.store, keeper.registry, policy, params.train.total_steps, keeper.publisher.note):
-                catch_up(keeper, state)
+            going_on = resume(state, keeper.folder, keeper.store, keeper.registry, policy, params.train.total_steps, keeper.publisher.note)
+            keeper.saver.safe_step, keeper.history = state.step, state.history
+            if going_on:
+                catch_up(keeper)
             hand_out(state, team)
-            keeper.saver.safe_step = state.step
             keeper.status.begins(state.step)
             machine = MachineUse(CHECKPOINTS, training.device).sample
             sink = SnapshotSink(keeper.saver, keeper.publisher, facts(lineage, keeper.registry), keeper.status.seen, machine)
@@ -239,7 +243,10 @@ def keeping(registry: Curator, lease: Lease, params: Params, started: float, pro
     def retain(manifest: Manifest) -> None:
         status.registered(manifest.step)
         lease.validate()
-        prune(folder, store, registry, params.checkpoints, in_use={manifest.step})
+        # A validation that a stop cut short was made up for after its step was registered.
+        registry.score(keeper.history.scores())
+        # What a finished training leaves is copied from the newest step that is saved, which need not be the newest of all.
+        prune(folder, store, registry, params.checkpoints, in_use={manifest.step, keeper.saver.safe_step})
         describe()
 
     publisher = Publisher(folder, store, registry, fence=lease, registered=retain, beside=predictor_files(params))
@@ -255,7 +262,7 @@ def keeping(registry: Curator, lease: Lease, params: Params, started: float, pro
         raise
 
 
-def catch_up(keeper: Keeper, state: TrainingState) -> None:
+def catch_up(keeper: Keeper) -> None:
     """Publish what an earlier attempt committed but could not register, and send the metrics so far."""
     registered = keeper.registry.registered()
     for step in sorted(set(keeper.folder.steps()) - registered.keys()):
@@ -264,7 +271,7 @@ def catch_up(keeper: Keeper, state: TrainingState) -> None:
             log.warning("checkpoint %d is not registered and can't be any more: %s", step, "; ".join(problems))
         else:
             keeper.publisher.publish(keeper.folder.manifest(step))
-    for row in state.history.rows:
+    for row in keeper.history.rows:
         keeper.publisher.send(row)
 
 
@@ -289,7 +296,12 @@ def conclude(keeper: Keeper, status: str, hurry: Callable[[], bool]) -> int:
         return EXIT_FAILED
     try:
         told = "FAILED" if missing and status == "FINISHED" else status
-        if not within(SECONDS_TO_PUBLISH, lambda: keeper.registry.close(told), hurry, SECONDS_TO_CLOSE):
+
+        def close() -> None:
+            keeper.registry.score(keeper.history.scores())
+            keeper.registry.close(told)
+
+        if not within(SECONDS_TO_PUBLISH, close, hurry, SECONDS_TO_CLOSE):
             log.error("the run's status could not be set: MLflow gave no answer in time")
             return EXIT_UNAVAILABLE
     except Exception as error:

@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterable
 
 Row = dict[str, float]
+VALIDATION = "val/"
+"""Begins the names of what a validation measures."""
 
 
 class History:
@@ -39,6 +41,16 @@ class History:
             values |= row
         values.pop("step", None)
         return values
+
+    def metrics_of(self, step: int) -> dict[str, float]:
+        """What is to be said of a checkpoint: the last value of every metric, but of validations that of this step alone: it rates its weights."""
+        own = self._rows.get(step, {})
+        return {key: value for key, value in self.newest().items() if key in own or not key.startswith(VALIDATION)}
+
+    def scores(self) -> dict[int, Row]:
+        """What the validations measured, by step."""
+        measured = {row["step"]: {key: value for key, value in row.items() if key.startswith(VALIDATION)} for row in self.rows}
+        return {int(step): metrics for step, metrics in measured.items() if metrics}
 
     def to_bytes(self) -> bytes:
         """One JSON object a line; Python writes floats so that they read back to the same bits."""

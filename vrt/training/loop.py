@@ -19,7 +19,7 @@ from vrt.model.block import place_in_batch
 from vrt.observe import log, progress
 from vrt.params import Params, Train
 from vrt.training.ema import update_ema
-from vrt.training.history import History, Row
+from vrt.training.history import VALIDATION, History, Row
 from vrt.training.optim import charbonnier, set_schedule
 
 # Keeps the draws of a training step apart from other draws of the same seed.
@@ -195,7 +195,7 @@ def validate_step(state: TrainingState, checkpoints: Checkpoints, validate: Call
     except ToldToStop:
         log.warning("step %d: its validation is given up; the next attempt makes up for it", state.step)
         return None
-    metrics = {f"val/{key}": value for key, value in result.metrics.items()}
+    metrics = {f"{VALIDATION}{key}": value for key, value in result.metrics.items()}
     state.history.add(state.step, metrics)
     checkpoints.send({"step": state.step} | metrics)
     log.info("step %d: validation %s", state.step, ", ".join(f"{key} {value:.3f}" for key, value in result.metrics.items()))

@@ -213,7 +213,8 @@ class SnapshotSink:
         tensors = {NETWORK: self._networks[NETWORK], OPTIMIZER: state.optimizer.state_dict()} | self._networks
         blobs = {HISTORY: state.history.to_bytes()} | ({PREVIEW: preview} if preview else {})
         origin = self._facts["origin"] | {"created": datetime.now(UTC).isoformat(timespec="seconds")}
-        self._saver.save(state.step, tensors, blobs, self._facts | {"origin": origin, "metrics": state.history.newest()}, self._constants)
+        facts = self._facts | {"origin": origin, "metrics": state.history.metrics_of(state.step)}
+        self._saver.save(state.step, tensors, blobs, facts, self._constants)
 
     def check(self) -> None:
         """Raises SavesFail, FloatingPointError or LeaseLost, as saver or publisher found it."""
