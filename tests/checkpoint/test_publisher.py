@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vrt.checkpoint import publisher as module
-from vrt.checkpoint.errors import CheckpointError, LeaseLost, StoreRefuses, StoreUnavailable
+from vrt.checkpoint.errors import CheckpointError, LeaseLost, Missing, StoreRefuses, StoreUnavailable
 from vrt.checkpoint.manifest import FileEntry, Manifest
 from vrt.checkpoint.publisher import Publisher
 from vrt.checkpoint.resume import Registered
@@ -66,6 +66,30 @@ class Recorder:
 
     def fetch(self, address: str, file: FileEntry, path: Path) -> None:
         raise NotImplementedError
+
+    def problems(self, address: str, manifest: Manifest, advance) -> list[str]:
+        return []
+
+    def delete(self, address: str) -> None:
+        self._call(("deleted", address))
+
+    def unregister(self, step: int) -> None:
+        self._call(("unregistered", step))
+
+    def pin(self, step: int, pinned: bool) -> None:
+        self._call(("pinned", step))
+
+
+def registered_with_other_content(recorder: Recorder, theirs: Manifest, **facts: object) -> None:
+    recorder.registered = lambda: {theirs.step: Registered(theirs.step, theirs.digest, f"s3://bucket/{theirs.step}", **facts)}
+    recorder.manifest = lambda address: theirs
+
+
+def with_other(manifest: Manifest, file: str) -> Manifest:
+    """The manifest of a checkpoint that differs in one file."""
+    files = tuple(replace(entry, sha256="0" * 64) if entry.name.endswith(file) else entry for entry in manifest.files)
+    assert files != manifest.files
+    return replace(manifest, files=files)
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +160,7 @@ def test_an_outage_is_told_once_not_at_every_try(publishing, folder, commit, cap
     publisher.publish(commit(folder, 40))
     recorder.wait_for(both(40)[1])
     assert publisher.finish(60) == []
-    assert recorder.calls == 8
+    assert recorder.calls == 7
     assert caplog.text.count("publishing is held up, training goes on: the store is down") == 1
 
 
@@ -179,27 +203,35 @@ def test_a_store_that_hangs_does_not_hold_the_end_of_the_training(publishing, fo
     assert publisher.may_arrive_later
 
 
-def test_a_step_registered_with_other_content_is_not_overwritten_in_the_store(publishing, folder, commit):
-    recorder = Recorder(CheckpointError("step 2 is registered with other content"))
-    publisher = publishing(recorder)
-    publisher.publish(commit(folder, 2))
-    assert publisher.finish(60) == ["step 2: step 2 is registered with other content"]
-    assert recorder.arrived == []
-
-
 @pytest.mark.parametrize("spoilt, missing", [("history.jsonl", []), ("G.pth", ["step 2: step 2 is registered with other content"])])
 def test_a_step_registered_with_the_same_weights_and_other_metrics_stays_as_it_is(publishing, folder, commit, spoilt: str, missing: list[str]):
     # As one that was saved when its training was told to stop, and not validated.
     manifest = commit(folder, 2)
-    files = tuple(replace(file, sha256="0" * 64) if file.name.endswith(spoilt) else file for file in manifest.files)
-    assert files != manifest.files
     recorder = Recorder(CheckpointError("step 2 is registered with other content"))
-    recorder.registered = lambda: {2: Registered(2, "other", "s3://bucket/2")}
-    recorder.manifest = lambda address: replace(manifest, files=files)
+    registered_with_other_content(recorder, with_other(manifest, spoilt))
     publisher = publishing(recorder)
     publisher.publish(manifest)
     assert publisher.finish(60) == missing
-    assert not [what for what in recorder.arrived if what[0] in ("published", "registered")]
+    # Nothing of it was touched, in the store or the registry; but `save/registered_s` is sent.
+    assert [what for what in recorder.arrived if what[0] != "sent"] == []
+
+
+@pytest.mark.parametrize("lost", ["a file", "the manifest"])
+@pytest.mark.parametrize("spoilt", ["history.jsonl", "G.pth"])
+def test_a_step_whose_registered_copy_is_lost_gives_way_to_the_sound_one(publishing, folder, commit, caplog, spoilt: str, lost: str):
+    manifest, recorder = commit(folder, 2), Recorder()
+    registered_with_other_content(recorder, with_other(manifest, spoilt), pinned=True)
+    if lost == "a file":
+        recorder.problems = lambda address, manifest, advance: ["2_G.pth is missing"]
+    else:
+        recorder.manifest = lambda address: (_ for _ in ()).throw(Missing("2_manifest.json is missing"))
+    publisher = publishing(recorder)
+    publisher.publish(manifest)
+    assert publisher.finish(60) == []
+    expected = [("unregistered", 2), ("deleted", "s3://bucket/2"), *both(2), ("pinned", 2)]
+    assert [what for what in recorder.arrived if what[0] != "sent"] == expected
+    reason = "2_G.pth is missing" if lost == "a file" else "the store has nothing of it"
+    assert f"checkpoint 2 is registered with other content, which is lost ({reason}): this one takes its place" in caplog.text
 
 
 def test_metrics_that_are_refused_for_good_are_told_and_hold_up_no_checkpoint(publishing, folder, commit):

@@ -99,7 +99,7 @@ class World:
             self.live()
             self.objects.get(address, set()).discard(name)
 
-    def sweep(self, older_than) -> list[int]:
+    def sweep(self, older_than, registered) -> list[int]:
         return []
 
     def is_sound(self, lineage: str) -> bool:

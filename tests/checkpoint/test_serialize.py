@@ -1,5 +1,6 @@
 """Tensor files: equal content is equal bytes, and a bad file is named, not run."""
 
+import errno
 import hashlib
 import io
 import os
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vrt.checkpoint.errors import CheckpointError
+from vrt.checkpoint.errors import CheckpointError, MachineShort
 from vrt.checkpoint.serialize import HashingWriter, fitting, load, misfits, optimizer_misfits, sha256_of
 
 TREE = {"weight": torch.arange(12.0).reshape(3, 4), "state": {0: {"step": torch.tensor(3.0), "betas": (0.9, 0.99)}}, "names": ["a", "b"]}
@@ -154,3 +155,13 @@ def test_what_fits_is_found_by_name_never_by_position():
 def test_each_way_in_which_an_optimizer_does_not_fit_is_named(saved, told):
     (problem,) = optimizer_misfits(saved, [[("a", torch.zeros(2)), ("b", torch.zeros(3))]])
     assert problem.startswith(told)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), MemoryError(), OSError(errno.EMFILE, "full")]
+)
+def test_what_this_machine_lacks_is_not_taken_for_damage(tmp_path: Path, monkeypatch, error: Exception):
+    save(TREE, tmp_path / "G.pth")
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: (_ for _ in ()).throw(error))
+    with pytest.raises(MachineShort, match=r"G\.pth: this machine can't read it \(.+\), which says nothing of the file; free memory, or use another"):
+        load(tmp_path / "G.pth")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import boto3
@@ -104,6 +105,15 @@ def test_a_damaged_copy_in_the_store_is_not_taken_for_the_checkpoint(store, buck
     bucket.Object(f"{prefix}/00000040/40_manifest.json").put(Body=b"{}")
     with pytest.raises(CheckpointError, match=f"{address}: no readable manifest"):
         store.manifest(address)
+
+
+def test_what_is_left_of_a_deletion_goes_but_nothing_of_a_registered_step(store, bucket, objects, prefix, folder, commit, caplog):
+    for step in (20, 40):
+        store.publish(commit(folder, step), folder.path)
+        bucket.Object(f"{prefix}/{step:08d}/{step}_manifest.json").delete()
+    assert store.sweep(timedelta(0), {40}) == [20]
+    assert {key.split("/")[0] for key in objects()} == {"00000040"}
+    assert "checkpoint 40 is registered, and the store lists no manifest of it; see `vrt checkpoints verify`" in caplog.text
 
 
 def test_a_checkpoint_that_is_not_there_is_named(store, prefix):

@@ -1,5 +1,6 @@
 """`vrt restore` on real videos and pictures of every kind: right, or refused before any work is lost. All with tiny untrained networks."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -143,9 +144,9 @@ def test_a_folder_of_pictures_gives_one_of_the_same_names_grey_or_of_sixteen_bit
     first, second, third = moving(3)
     Image.fromarray(first).save(tmp_path / "in" / "frame0.png")
     Image.fromarray(second).convert("L").save(tmp_path / "in" / "frame1.png")
-    Image.fromarray(third).convert("RGBA").save(tmp_path / "in" / "frame2.png")
+    Image.fromarray(third).convert("RGBA").save(tmp_path / "in" / "unfinished-2.png")
     assert restore(tmp_path / "in", tmp_path / "out") == 0
-    names = ["frame0.png", "frame1.png", "frame2.png"]
+    names = ["frame0.png", "frame1.png", "unfinished-2.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     with pytest.raises(DataError, match="expected a new file or folder, found an existing one"):
         restore(tmp_path / "in", tmp_path / "out")
@@ -172,6 +173,9 @@ def test_interrupted_it_goes_on_where_it_stopped_and_gives_the_same_preview_incl
     monkeypatch.setattr(restoring, "restore_into", interrupted)
     assert restore(tmp_path / "in.mkv", tmp_path / "out.mkv", preview=True) == EXIT_CONTINUE_ME
     assert not (tmp_path / "out.mkv").exists() and not (tmp_path / "out-preview.mkv").exists()
+    # With other tiles the rest would not go with it.
+    plan = (tmp_path / ".restoring-out.mkv/plan.json").read_text()
+    assert json.loads(plan)["tile"] and json.loads(plan)["overlap"]
     monkeypatch.setattr(restoring, "restore_into", real)
     assert len(list((tmp_path / ".restoring-out.mkv/restored").glob("*.mkv"))) == 3
     keep = VideoTarget.keep

@@ -15,6 +15,10 @@ class FolderUnavailable(CheckpointError):
     """The local folder can't take a checkpoint that is sound elsewhere: no room, no right to write."""
 
 
+class MachineShort(RuntimeError):
+    """This machine lacks the memory, or the file handles, to read a checkpoint, which says nothing about the checkpoint."""
+
+
 class StoreUnavailable(RuntimeError):
     """The store or the registry did not answer. Worth trying again: training goes on meanwhile."""
 

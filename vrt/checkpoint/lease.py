@@ -105,6 +105,11 @@ def newest_claim(notes: Notes) -> Claim | None:
     return max(claims, key=lambda claim: claim.token, default=None)
 
 
+def next_token(notes: Notes) -> int:
+    """One more than any note has, be it a claim that can be read or not: the name of such a note is taken."""
+    return 1 + max((int(name) for name in notes.all() if name.isdecimal()), default=0)
+
+
 def own_claim(token: int) -> Claim:
     """A new claim of this process."""
     process = psutil.Process()
@@ -163,12 +168,15 @@ class Lease:
                     f"{self._lineage}: {found} trains it since {found.since}, last heard of at {found.heard} (by its own clock); one trainer at "
                     "a time: stop that one, which saves and lets go, or wait for its end, or train under another `name` in the params file"
                 )
-            claim = own_claim(found.token + 1 if found else 1)
+            claim = own_claim(next_token(self._notes))
             self._notes.create(claim.name, json.dumps(asdict(claim)))
             # Read back: where a store does not create exclusively, two may have written; and where an answer was lost and the request sent
             # again, it was refused for this very claim.
             if newest_claim(self._notes) == claim:
                 break
+            if give_up():
+                return False
+            time.sleep(SECONDS_BETWEEN_LOOKS)
         self._claim = claim
         if found and not found.released:
             log.warning("%s: %s is gone without letting go (last heard of at %s): this trainer goes on", self._lineage, found, found.heard)

@@ -12,8 +12,8 @@ from typing import Protocol
 from vrt.checkpoint.errors import CheckpointError, LeaseLost, StoreRefuses, StoreUnavailable
 from vrt.checkpoint.folder import CheckpointFolder
 from vrt.checkpoint.manifest import FileEntry, Manifest, problems_of
-from vrt.checkpoint.resume import Registered
-from vrt.checkpoint.store import Store
+from vrt.checkpoint.repair import Remote, examine_store
+from vrt.checkpoint.resume import Candidate, Registered, State
 from vrt.lifecycle import wait_for
 from vrt.observe import log
 
@@ -35,6 +35,12 @@ class Registry(Protocol):
 
     def register(self, manifest: Manifest, address: str, folder: Path) -> None:
         """Enter a checkpoint that is published at `address` and committed in `folder`. Raises CheckpointError as `check` does."""
+
+    def unregister(self, step: int) -> None:
+        """Take a step out of it. Raises CheckpointError where it is the champion."""
+
+    def pin(self, step: int, pinned: bool) -> None:
+        """Keep a registered step whatever the params say, or no longer."""
 
     def send(self, rows: list[dict[str, float]]) -> None:
         """Log metrics by name, each row with its step under "step"."""
@@ -59,7 +65,7 @@ class Publisher:
     def __init__(
         self,
         folder: CheckpointFolder,
-        store: Store,
+        store: Remote,
         registry: Registry,
         fence: Fence | None = None,
         registered: Callable[[Manifest], None] = lambda manifest: None,
@@ -231,20 +237,33 @@ class Publisher:
         self._refusals = 0
         return True
 
-    def _has_its_weights(self, manifest: Manifest) -> bool:
-        """Whether the step is registered with other content, but of the very same state.
+    def _has_its_weights(self, manifest: Manifest, other: Registered) -> bool:
+        """Whether the step, which is registered with other content, is so with the very same state: then that one stays.
 
         A save on a stop request is not validated; trained again, after going back, its step is, and has other metrics and a picture.
         Raises CheckpointError where it is registered with another state.
         """
-        try:
+        if _state(self._store.manifest(other.address)) != _state(manifest):
             self._registry.check(manifest)
-        except CheckpointError:
-            known = self._registry.registered().get(manifest.step)
-            if known is None or _state(self._store.manifest(known.address)) != _state(manifest):
-                raise
-            return True
-        return False
+        return True
+
+    def _is_broken(self, manifest: Manifest, other: Registered) -> bool:
+        """Whether the store has lost what is registered of this step with other content, so that nobody can go on from that any more."""
+        side = examine_store(manifest.lineage, Candidate(manifest.step, False, other), self._store)
+        if side.state is State.HEALTHY:
+            return False
+        reasons = "; ".join(side.problems) or "the store has nothing of it"
+        log.warning("checkpoint %d is registered with other content, which is lost (%s): this one takes its place", manifest.step, reasons)
+        return True
+
+    def _replace(self, manifest: Manifest, other: Registered) -> None:
+        """Register a checkpoint in the place of a broken one of the same step."""
+        # Cut off from here on, it is local and not registered: the next attempt registers it.
+        self._registry.unregister(manifest.step)
+        self._store.delete(other.address)
+        self._register(manifest)
+        if other.pinned:
+            self._registry.pin(manifest.step, True)
 
     def _register(self, manifest: Manifest) -> None:
         problems = problems_of(manifest, self._folder.path)
@@ -261,10 +280,13 @@ class Publisher:
         started = time.monotonic()
         try:
             self._check_fence()
-            if self._has_its_weights(manifest):
-                log.info("checkpoint %d is registered already, with the same weights and other metrics: that one stays", manifest.step)
-            else:
+            known = self._registry.registered().get(manifest.step)
+            if known is None or known.digest == manifest.digest:
                 self._register(manifest)
+            elif self._is_broken(manifest, known):
+                self._replace(manifest, known)
+            elif self._has_its_weights(manifest, known):
+                log.info("checkpoint %d is registered already, with the same weights and other metrics: that one stays", manifest.step)
         except CheckpointError as error:
             log.error("checkpoint %d can't be registered: %s", manifest.step, error)
             self._refused[manifest.step] = str(error)

@@ -23,6 +23,9 @@ class Remote(Store, Protocol):
     def problems(self, address: str, manifest: Manifest, advance: Callable[[int], None]) -> list[str]:
         """What is wrong with the objects at an address, after reading every byte. `advance` is told the bytes of each piece."""
 
+    def delete(self, address: str) -> None:
+        """Delete the objects of a step, its manifest first."""
+
 
 class Books(Protocol):
     """The registry, as far as repairing goes."""
@@ -87,10 +90,11 @@ def verify(
     Raises StoreUnavailable where the store does not answer.
     """
     local = examine_local(folder, lineage, candidate)
-    return Verified(candidate.step, local, _examine_store(lineage, candidate, store, advance), candidate.registered is not None)
+    return Verified(candidate.step, local, examine_store(lineage, candidate, store, advance), candidate.registered is not None)
 
 
-def _examine_store(lineage: str, candidate: Candidate, store: Remote, advance: Callable[[int], None]) -> Side:
+def examine_store(lineage: str, candidate: Candidate, store: Remote, advance: Callable[[int], None] = lambda size: None) -> Side:
+    """Read every byte that the store has of a step. Raises StoreUnavailable where it does not answer."""
     if candidate.address is None:
         return Side(State.MISSING)
     try:

@@ -3,7 +3,7 @@
 `retain` is the policy, a pure function; `prune` deletes.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -39,7 +39,6 @@ def retain(registered: Iterable[Registered], policy: Checkpoints, damaged: Colle
     healthy = [one for one in newest_first if one.step not in damaged]
     last = {one.step for one in healthy[: policy.keep_last]}
     scored = [one for one in healthy if one.psnr is not None]
-    # A step that was saved without a validation carries the score of the one before: among equals the earliest was measured.
     best = {one.step for one in sorted(scored, key=lambda one: (-(one.psnr or 0.0), one.step))[: policy.keep_best]}
 
     def reason(one: Registered) -> str:
@@ -77,8 +76,8 @@ class Shelf(Protocol):
     def delete(self, address: str) -> None:
         """Delete the objects of a step, its manifest first."""
 
-    def sweep(self, older_than: timedelta) -> list[int]:
-        """Delete the objects of steps without a manifest, all of them older than that. Returns the steps."""
+    def sweep(self, older_than: timedelta, registered: Set[int]) -> list[int]:
+        """Delete the objects of steps without a manifest that are not `registered`, all of them older than that. Returns the steps."""
 
 
 def delete(one: Candidate, folder: CheckpointFolder, store: Shelf, registry: Unregister) -> None:
@@ -116,6 +115,6 @@ def prune(
         delete(Candidate(step, True, known[step]), folder, store, registry)
     if going:
         log.info("deleted checkpoints %s: checkpoints.keep_* of the params keeps the others", ", ".join(map(str, going)))
-    for step in store.sweep(AGE_OF_LEFTOVERS):
+    for step in store.sweep(AGE_OF_LEFTOVERS, known.keys()):
         log.info("cleared what was left of checkpoint %d in the store", step)
     return going

@@ -1,5 +1,6 @@
 """Tensors to files and back, in the form KAIR writes and reads: plain `torch.save` of plain state dicts."""
 
+import errno
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from vrt.checkpoint.errors import CheckpointError
+from vrt.checkpoint.errors import CheckpointError, MachineShort
 from vrt.checkpoint.phases import Phase, reached
 
 
@@ -55,14 +56,28 @@ def sha256_of(path: Path) -> str:
 def load(path: Path) -> Any:
     """What a checkpoint file holds, on the CPU, without running code from it.
 
-    Raises CheckpointError where the file is truncated, no torch file, or a pickle of anything but plain data.
+    Raises CheckpointError where the file is truncated, no torch file, or a pickle of anything but plain data; MachineShort where this machine
+    can't hold or read it, which says nothing of the file.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if _is_the_machines(error):
+            told = f"{path}: this machine can't read it ({_first_line(error)}), which says nothing of the file; free memory, or use another machine"
+            raise MachineShort(told) from error
         # Depending on where a file is damaged, torch raises about any error, some of them without a word.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: can't be read as tensors and plain values ({reason}); restore it or delete it") from error
+        raise CheckpointError(f"{path}: can't be read as tensors and plain values ({_first_line(error)}); restore it or delete it") from error
+
+
+def _is_the_machines(error: Exception) -> bool:
+    """Whether it is for want of memory, file handles or a working disk. torch's allocator for CPUs has no error of its own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def fitting(weights: Mapping[str, torch.Tensor], network: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -253,10 +253,11 @@ class S3Store:
             for key in sorted(self._keys(f"{address}/"), key=lambda key: not key.endswith(f"/{manifest}")):
                 client.delete_object(Bucket=bucket, Key=key)
 
-    def sweep(self, older_than: timedelta) -> list[int]:
+    def sweep(self, older_than: timedelta, registered: Set[int]) -> list[int]:
         """Delete what cut-off uploads and deletes left: objects of steps without a manifest, all of them older than that. Returns the steps.
 
-        An upload that is going on has no manifest yet either, which is why age counts.
+        An upload that is going on has no manifest yet either, which is why age counts. What is `registered` stays: its manifest was lost, or
+        the list of objects is not whole.
         """
         now = datetime.now(UTC)
         left = [
@@ -264,9 +265,12 @@ class S3Store:
             for step, names in self._listed().items()
             if manifest_name(step) not in names and all(now - written > older_than for written in names.values())
         ]
-        for step in left:
+        for step in sorted(registered & set(left)):
+            log.warning("checkpoint %d is registered, and the store lists no manifest of it; see `vrt checkpoints verify`", step)
+        going = [step for step in left if step not in registered]
+        for step in going:
             self.delete(f"{self._prefix}/{step:08d}")
-        return left
+        return going
 
     def clear(self) -> int:
         """Delete every object below the prefix; returns how many there were."""

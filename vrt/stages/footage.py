@@ -79,6 +79,9 @@ class VideoTarget:
         join(self._segments(work), self.sound, path)
 
 
+UNFINISHED = "unfinished"
+
+
 @dataclass(frozen=True)
 class PictureTarget:
     """A folder of pictures."""
@@ -87,9 +90,9 @@ class PictureTarget:
     """One for each frame, without ending."""
 
     def keep(self, work: Path, first: int, frames: np.ndarray) -> None:
-        """Each frame as a PNG, which has its name only once it is whole."""
+        """Each frame as a PNG, which has its name only once it is whole; until then it has one that no picture can have."""
         for name, pixels in zip(self.names[first:], frames):
-            unfinished = work / f"unfinished-{name}"
+            unfinished = work / UNFINISHED
             _write_png(unfinished, pixels)
             unfinished.replace(work / f"{name}.png")
 
@@ -99,8 +102,7 @@ class PictureTarget:
 
     def finish(self, work: Path, path: Path) -> None:
         """Rename the folder they are in."""
-        for left_over in work.glob("unfinished-*"):
-            left_over.unlink()
+        (work / UNFINISHED).unlink(missing_ok=True)
         work.rename(path)
 
 

@@ -68,7 +68,9 @@ def run_restore(source_path: Path, target_path: Path, checkpoint: str, params_pa
     target = open_target(source, source_path, target_path, doubled)
     shown = Output(target, shown_path, work / "preview") if preview else None
     outputs = Outputs(Output(target, target_path, work / "restored"), shown)
-    plan = {"source": source.digest, "weights": chosen.sha256, "tile": list(chosen.params.evaluate.tile), "sigma": sigma, "preview": preview}
+    evaluate = chosen.params.evaluate
+    plan = {"source": source.digest, "weights": chosen.sha256, "tile": list(evaluate.tile), "overlap": list(evaluate.overlap)}
+    plan |= {"sigma": sigma, "preview": preview}
     chosen.network.to("cuda" if torch.cuda.is_available() else "cpu")
     with alone_in(work), StopRequest() as stop:
         # Another process may have made it since.
