@@ -150,6 +150,21 @@ def test_clips_shorter_than_the_reach_and_smaller_than_a_window_are_restored(
     assert output.isfinite().all() and all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("level", [0, 3, 5])
+@pytest.mark.parametrize("pa_frames", [2, 4])
+def test_flows_that_are_no_numbers_make_an_output_that_is_none(level: int, pa_frames: int, make_network: Callable[..., VRT]) -> None:
+    network = make_network(pa_frames=pa_frames, deformable_groups=4).train()
+    with torch.no_grad():
+        network.spynet.basic_module[level].basic_module[8].bias.fill_(float("nan"))
+    clip = torch.rand(1, 4, 3, 16, 16)
+    with torch.no_grad():
+        assert network(clip).isnan().all()
+    # A training takes this step too, and learns of it by its loss.
+    output = network(clip)
+    assert output.isnan().all()
+    output.mean().backward()
+
+
 def test_frozen_flow_carries_no_graph(make_network: Callable[..., VRT]) -> None:
     network = make_network()
     network.spynet.requires_grad_(False)

@@ -42,6 +42,28 @@ def test_nearest4_reads_zero_outside_however_far_the_flow_leads() -> None:
     assert gather_nearest4(x, flow).eq(0).all()
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("sampling", [sample, sample_in_order])
+def test_a_point_that_is_no_number_gives_a_value_that_is_none_and_ends_no_process(sampling: Callable) -> None:
+    x = torch.rand(2, 3, 16, 16, requires_grad=True)
+    at_x, at_y = torch.rand(2, 16, 16) * 15, torch.rand(2, 16, 16) * 15
+    at_x[0, 3, 5] = at_y[1, 0, 0] = NAN
+    found = sampling(x, at_x.requires_grad_(), at_y.requires_grad_(), "zeros")
+    assert found.isnan().nonzero().tolist() == [[n, c, y, x] for n, y, x in ((0, 3, 5), (1, 0, 0)) for c in range(3)]
+    found.sum().backward()
+    assert at_x.grad[0, 3, 5].isnan() or at_y.grad[0, 3, 5].isnan()
+
+
+def test_nearest4_has_a_place_for_flows_that_are_no_numbers() -> None:
+    flow = torch.zeros(1, 2, 4, 5)
+    flow[0, 0, 1, 2] = flow[0, 1, 3, 3] = NAN
+    gathered = gather_nearest4(torch.ones(1, 1, 4, 5), flow)
+    assert gathered.eq(0).all(1).nonzero().tolist() == [[0, 1, 2], [0, 3, 3]]
+    assert gathered.sum() == 4 * (4 * 5 - 2)
+
+
 def test_a_whole_pixel_flow_moves_the_image_even_where_it_is_one_pixel_wide() -> None:
     x = torch.arange(4.0).view(1, 1, 4, 1)
     down = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 4, 1)

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from tests.training.conftest import validate
 from vrt.checkpoint.errors import SavesFail
 from vrt.checkpoint.folder import CheckpointFolder
+from vrt.data.sampler import Batch
 from vrt.lifecycle import ToldToStop
 from vrt.training import loop
+from vrt.training.session import build_network
 
 
 def equal(one: object, other: object) -> bool:
@@ -145,6 +147,22 @@ def test_weights_that_are_no_numbers_are_not_saved(params, fresh, attempt, tmp_p
     with pytest.raises(FloatingPointError, match=told):
         attempt(params, tmp_path / "parts", fresh(lambda: FailsAt(3, "gradient")))
     assert CheckpointFolder(tmp_path / "parts").steps() == [1]
+
+
+def test_flows_that_are_no_numbers_are_told_by_the_loss_and_never_saved(params, fresh, attempt, tmp_path, batch_of, monkeypatch):
+    # One spoiled sample at step 5, where nobody looks, spoils all weights: step 6 moves its frames by flows that are no numbers.
+    def batches(step: int) -> Batch:
+        batch = batch_of(step)
+        return Batch(batch.degraded, batch.truth * float("nan")) if step == 5 else batch
+
+    monkeypatch.setattr("tests.training.conftest.make_batch", batches)
+    sizes = {"depths": (1,) * 8, "embed_dims": (8,) * 8, "num_heads": (2,) * 8, "indep_reconsts": ()}
+    network = params.network.model_copy(update={"window_size": (2, 4, 4), "deformable_groups": 2} | sizes)
+    flow = params.optimizer.model_copy(update={"flow_names": ("spynet", "deform")})
+    params = params.model_copy(update={"network": network, "optimizer": flow})
+    with pytest.raises(FloatingPointError, match="step 6: the loss is nan; nothing of this step was saved, the last healthy checkpoint is step 3"):
+        attempt(params, tmp_path / "parts", fresh(lambda: build_network(network), params))
+    assert CheckpointFolder(tmp_path / "parts").steps() == [3, 1]
 
 
 def test_steps_are_saved_when_their_validation_fails(params, fresh, attempt, tmp_path):

@@ -71,7 +71,8 @@ class SpyNet(nn.Module):
         flows = [self.basic_module[0](torch.cat((reference, other, flow), 1))]
         for level, (reference, other) in zip(self.basic_module[1:], pyramid[1:]):
             flow = F.interpolate(flows[-1], scale_factor=2, mode="bilinear", align_corners=True) * 2
-            flows.append(level(torch.cat((reference, warp(other, flow, "border"), flow), 1)) + flow)
+            # Once weights are no numbers, the flow itself says so, and with it the loss; there is only no place to read from.
+            flows.append(level(torch.cat((reference, warp(other, flow.nan_to_num(), "border"), flow), 1)) + flow)
         return flows
 
 

@@ -39,7 +39,8 @@ def sample(x: Tensor, at_x: Tensor, at_y: Tensor, padding_mode: str = "zeros") -
     """Read frames at points between pixels, bilinearly.
 
     x: (N, C, H, W); at_x, at_y: (N, h, w), pixels. Returns (N, C, h, w) in the dtype of the points.
-    padding_mode: "zeros" (a pixel outside the frame is 0) or "border" (points are moved to the nearest edge).
+    padding_mode: "zeros" (a pixel outside the frame is 0) or "border" (points are moved to the nearest edge, and must be numbers: for NaN
+    PyTorch's gradient on CPUs writes outside its memory).
     """
     if x.is_cuda and torch.are_deterministic_algorithms_enabled():
         # PyTorch's own sampling adds up the gradient of a pixel there in an order that varies from run to run.
@@ -68,8 +69,11 @@ def sample_in_order(x: Tensor, at_x: Tensor, at_y: Tensor, padding_mode: str) ->
 
 
 def _framed(low: Tensor, high: Tensor, size: int) -> list[Tensor]:
-    """Whole pixels of an axis of `size`, before and after some points, as places of an image with a FRAME around it."""
-    return [pixel.clamp(-1, size).long() + 1 for pixel in (low, high)]
+    """Whole pixels of an axis of `size`, before and after some points, as places of an image with a FRAME around it.
+
+    A point that is no number lies outside: as an index NaN would lead anywhere in memory.
+    """
+    return [pixel.nan_to_num(nan=-1.0).clamp(-1, size).long() + 1 for pixel in (low, high)]
 
 
 def _moved_inside(at: Tensor, size: int) -> Tensor:
@@ -87,7 +91,8 @@ def gather_nearest4(x: Tensor, flow: Tensor) -> Tensor:
     """The four pixels around every sampling point, unmixed ("nearest4").
 
     x: (N, C, H, W); flow: (N, 2, H, W), pixels. Returns (N, 4C, H, W): the pixels at (floor x, floor y), (floor x, ceil y),
-    (ceil x, floor y), (ceil x, ceil y), each with C channels; 0 outside the frame. No gradient reaches the flow.
+    (ceil x, floor y), (ceil x, ceil y), each with C channels; 0 outside the frame, and where the flow
+    is NaN. No gradient reaches the flow.
     """
     n, channels, height, width = x.shape
     own_x, own_y = pixel_axes(height, width, like=flow)
