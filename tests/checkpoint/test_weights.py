@@ -38,6 +38,13 @@ def test_there_and_back_loses_nothing(nesting: str, tmp_path: Path):
     assert list(content) == ([nesting] if nesting else list(TENSORS))
 
 
+def test_tensors_that_are_one_under_two_names_are_written_under_both(tmp_path: Path):
+    tensor = torch.rand(6)
+    torch.save({"a": tensor, "b": tensor, "c": tensor[3:]}, tmp_path / "tied.pth")
+    write_weights(read_weights(tmp_path / "tied.pth"), tmp_path / "tied.safetensors")
+    assert same(read_weights(tmp_path / "tied.safetensors"), Weights({"a": tensor, "b": tensor, "c": tensor[3:]}, ""))
+
+
 def test_the_averaged_weights_are_taken_where_a_file_has_both(tmp_path: Path):
     torch.save({"params": {"w": torch.zeros(1)}, "params_ema": {"w": torch.ones(1)}}, tmp_path / "both.pth")
     assert read_weights(tmp_path / "both.pth").tensors["w"].item() == 1

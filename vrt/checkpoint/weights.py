@@ -24,6 +24,8 @@ class Weights:
 
     tensors: dict[str, torch.Tensor]
     nesting: str
+    left_out: tuple[str, ...] = ()
+    """What else its file held, beside that key: another set of weights, a step."""
 
 
 def read_weights(path: Path, first: str = AVERAGED) -> Weights:
@@ -35,14 +37,15 @@ def read_weights(path: Path, first: str = AVERAGED) -> Weights:
         raise CheckpointError(f"{path}: no such file; expected network weights, such as 40_G.pth or model{SAFETENSORS}")
     if path.suffix == SAFETENSORS:
         return _read_safetensors(path)
-    content, nesting = load(path), ""
+    content, nesting, left_out = load(path), "", ()
     for key in (first, AVERAGED, TRAINED):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            left_out = tuple(str(other) for other in content if other != key)
             content, nesting = content[key], key
             break
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise CheckpointError(f"{path}: found {type(content).__name__} with other things than tensors; expected a network's state dict")
-    return Weights(dict(content), nesting)
+    return Weights(dict(content), nesting, left_out)
 
 
 def write_weights(weights: Weights, path: Path) -> None:
@@ -74,7 +77,8 @@ def _write(weights: Weights, path: Path, suffix: str) -> None:
 
         # The format sorts its tensors: their own order and the nesting go with them.
         metadata = {"format": "pt", "vrt.order": json.dumps(list(weights.tensors)), "vrt.nesting": weights.nesting}
-        path.write_bytes(save({key: value.contiguous() for key, value in weights.tensors.items()}, metadata))
+        # Each on its own: the format has no tensors that share memory, as tied ones do.
+        path.write_bytes(save({key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.tensors.items()}, metadata))
         return
     content: Any = {weights.nesting: weights.tensors} if weights.nesting else weights.tensors
     with path.open("wb") as file:
