@@ -48,3 +48,31 @@ def test_alignment_starts_at_the_plain_flow() -> None:
     torch.testing.assert_close(from_right[:, 0, :, :-1], x[:, 1, :, 1:])
     torch.testing.assert_close(from_left[:, 1, :, :-1], x[:, 0, :, 1:])
     assert from_right[:, 1].eq(0).all() and from_left[:, 0].eq(0).all()
+
+
+@pytest.mark.parametrize("reach", [2, 3])
+def test_each_neighbour_is_moved_by_its_own_flow_and_weighed_in_its_own_place(reach: int) -> None:
+    dim, depth, height, width = 2 * reach, reach + 2, 7, 8
+    module = ParallelAlignment(dim, reach, deformable_groups=reach, max_offset=10.0).double()
+    with torch.no_grad():
+        # Two channels of the result for each neighbour: the middle tap copies its first two; the mask starts at a half.
+        module.weight.zero_()[range(dim), [0, 1] * reach, 1, 1] = 2.0
+    x = torch.rand(1, depth, height, width, dim, dtype=torch.float64)
+    # (x, y) in whole pixels, another one for each direction, frame and neighbour.
+    flows = torch.randint(-2, 3, (2, depth - 1, reach, 2), generator=torch.Generator().manual_seed(reach))
+    spread = flows.double()[..., None, None].expand(-1, -1, -1, -1, height, width)
+    aligned = module(x, spread)
+    for way, clip, found in ((0, x, aligned[0]), (1, x.flip(1), aligned[1].flip(1))):
+        expected = torch.zeros_like(clip)
+        for frame in range(depth - 1):
+            for place in range(min(reach, depth - 1 - frame)):
+                moved = moved_by(clip[0, frame + 1 + place, :, :, :2], *flows[way, frame, place].tolist())
+                expected[0, frame, :, :, 2 * place : 2 * place + 2] = moved
+        torch.testing.assert_close(found, expected)
+
+
+def moved_by(x: torch.Tensor, right: int, down: int) -> torch.Tensor:
+    """(H, W, C) -> the same: at each pixel what lies so far to the right and below; zeros outside."""
+    height, width, _ = x.shape
+    far = torch.nn.functional.pad(x, (0, 0, 2, 2, 2, 2))
+    return far[2 + down : 2 + down + height, 2 + right : 2 + right + width]
