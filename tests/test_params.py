@@ -179,6 +179,22 @@ MISTAKES = {
         {"network.embed_dims": [18] * 7 + [24, 24], "network.deformable_groups": 2},
         ["embed_dims[0] = 18 is no multiple of 4"],
     ),
+    "a body that is no mirror": (
+        {"network.embed_dims": [16, 16, 32, 16, 16, 16, 16, 24, 24]},
+        ["network: embed_dims[4] = 16 is not embed_dims[2] = 32, whose features are added to it; make them equal"],
+    ),
+    "an end of another width than the start": (
+        {"network.embed_dims": [16, 16, 16, 16, 16, 16, 32, 24, 24]},
+        ["network: embed_dims[6] = 32 is not embed_dims[0] = 16, whose features are added to it; make them equal"],
+    ),
+    "reconstruction groups of two widths": (
+        {"network.embed_dims": [16] * 7 + [24, 32]},
+        ["network: embed_dims[8] = 32 is not embed_dims[7] = 24, but all reconstruction groups are equally wide; make them equal"],
+    ),
+    "a noise level without alignment": (
+        {**BETWEEN, "network.nonblind_denoising": True},
+        ["network: nonblind_denoising is true, but pa_frames 0 takes RGB alone; set it to false"],
+    ),
     "groups without alignment": (
         {"degradation": {"kind": "between"}, "network.pa_frames": 0},
         ["network: deformable_groups is 4, but pa_frames 0 aligns nothing; set deformable_groups: 0"],

@@ -119,7 +119,8 @@ class Network(Section):
     indep_reconsts: tuple[NotNegative, ...]
     """Stages (counted over all of `depths`) whose windows span a single frame."""
     embed_dims: tuple[Positive, ...]
-    """Channels per stage, one entry per entry of `depths`: multiples of the stage's heads, in the body also of 4 and of `pa_frames` / 2."""
+    """Channels per stage, one entry per entry of `depths`: multiples of the stage's heads, in the body also of 4 and of `pa_frames` / 2.
+    Stages of the body that have one scale are equally wide, and so are all reconstruction groups."""
     num_heads: tuple[Positive, ...]
     """Attention heads per stage, one entry per entry of `depths`; they share the channels evenly."""
     pa_frames: Literal[0, 2, 4, 6]
@@ -127,7 +128,7 @@ class Network(Section):
     deformable_groups: NotNegative
     """Groups of channels that the alignment moves apart from one another; 0 with pa_frames 0, which aligns nothing."""
     nonblind_denoising: bool
-    """Take the noise level as a fourth input channel."""
+    """Take the noise level as a fourth input channel; not with pa_frames 0."""
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)]
     """Stochastic depth of the last block; it rises linearly from 0."""
 
@@ -144,6 +145,10 @@ class Network(Section):
                 raise ValueError(f"embed_dims[{i}] = {dim} does not divide into num_heads[{i}] = {heads}; choose a multiple")
             if i < 7 and dim % 4:
                 raise ValueError(f"embed_dims[{i}] = {dim} is no multiple of 4; the position encoding and the scale changes need one")
+            # 0 1 2 3 2 1 0: what goes down to the lowest scale is added where the same scale is reached again.
+            same, why = (min(i, 6 - i), "whose features are added to it") if i < 7 else (7, "but all reconstruction groups are equally wide")
+            if dim != self.embed_dims[same]:
+                raise ValueError(f"embed_dims[{i}] = {dim} is not embed_dims[{same}] = {self.embed_dims[same]}, {why}; make them equal")
         if any(not 7 <= i < stages for i in self.indep_reconsts):
             raise ValueError(f"indep_reconsts {list(self.indep_reconsts)} must name stages 7 to {stages - 1}")
         self._check_alignment()
@@ -154,6 +159,8 @@ class Network(Section):
         if reach == 0:
             if groups:
                 raise ValueError(f"deformable_groups is {groups}, but pa_frames 0 aligns nothing; set deformable_groups: 0")
+            if self.nonblind_denoising:
+                raise ValueError("nonblind_denoising is true, but pa_frames 0 takes RGB alone; set it to false")
             if self.upscale != 1:
                 raise ValueError(f"upscale is {self.upscale}, but pa_frames 0 makes frames of the input's size; set upscale: 1, or pa_frames to 2")
             return

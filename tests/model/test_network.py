@@ -257,12 +257,34 @@ def test_a_clip_without_noise_level_8_bit_frames_or_another_length_is_refused(ma
         ({"embed_dims": (8,) * 8, "pa_frames": 6, "deformable_groups": 6}, r"embed_dims\[0\]: expected a multiple of 3 \(pa_frames / 2\), found 8"),
         ({"deformable_groups": 3}, "deformable_groups: expected a multiple of 1 .* divides .* = 8, found 3"),
         ({"indep_reconsts": (8,)}, r"indep_reconsts: expected entries from 7 to 7, found \[8\]"),
+        ({"deformable_groups": 0}, "deformable_groups: expected a multiple of 1 .* divides .* = 8, found 0"),
+        ({"deformable_groups": -2}, "deformable_groups: expected a multiple of 1 .* divides .* = 8, found -2"),
+        ({"num_heads": (2, 0) + (2,) * 6}, r"num_heads\[1\]: expected 1 or more, found 0"),
+        ({"embed_dims": (8,) * 7 + (0,)}, r"embed_dims\[7\]: expected 1 or more, found 0"),
+        ({"embed_dims": (8, 8, 16) + (8,) * 5}, r"embed_dims\[4\]: expected 16, as embed_dims\[2\], whose features are added to it, found 8"),
+        ({"embed_dims": (8, 16) + (8,) * 6}, r"embed_dims\[5\]: expected 16, as embed_dims\[1\], whose features are added to it, found 8"),
+        ({"embed_dims": (8,) * 6 + (12, 8)}, r"embed_dims\[6\]: expected 8, as embed_dims\[0\], whose features are added to it, found 12"),
+        (
+            {"depths": (1,) * 9, "num_heads": (2,) * 9, "embed_dims": (8,) * 8 + (12,)},
+            r"embed_dims\[8\]: expected 8, as embed_dims\[7\], since all reconstruction groups are equally wide, found 12",
+        ),
+        ({"in_chans": 1}, "in_chans: expected 3, found 1; a noise level is asked for by nonblind_denoising"),
+        ({"pa_frames": 0, "nonblind_denoising": True}, "nonblind_denoising: expected False with pa_frames 0, which takes RGB alone, found True"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate: expected a number in \[0, 1\), found 1.0"),
+        ({"drop_path_rate": -0.1}, r"drop_path_rate: expected a number in \[0, 1\), found -0.1"),
+        ({"mul_attn_ratio": 1.5}, r"mul_attn_ratio: expected a number in \[0, 1\], found 1.5"),
+        ({"mul_attn_ratio": -1.0}, r"mul_attn_ratio: expected a number in \[0, 1\], found -1.0"),
         ({"out_chans": 6}, "out_chans: expected 3"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, make_network: Callable[..., VRT]) -> None:
     with pytest.raises(ValueError, match=message):
         make_network(**changes)
+
+
+def test_widths_that_differ_from_scale_to_scale_fit(make_network: Callable[..., VRT]) -> None:
+    network = make_network(embed_dims=(8, 12, 16, 20, 16, 12, 8, 10, 10), num_heads=(2,) * 9, depths=(1,) * 9, deformable_groups=4)
+    assert network(torch.rand(1, 2, 3, 16, 16)).shape == (1, 2, 3, 16, 16)
 
 
 def as_published(name: str, x: Tensor, batch: int) -> Tensor:

@@ -39,7 +39,8 @@ class VRT(nn.Module):
     frames.
     depths: blocks of each stage: seven for the body, at scales 1, 1/2, 1/4, 1/8, 1/4, 1/2, 1, then one or more reconstruction groups.
     indep_reconsts: the reconstruction groups, counted over all of `depths` from 0, whose windows span one frame.
-    embed_dims: channels of each stage, multiples of its heads and, in the body, of 4 and of `pa_frames` / 2.
+    embed_dims: channels of each stage, multiples of its heads and, in the body, of 4 and of `pa_frames` / 2. Stages of the body that have one
+    scale are equally wide, and so are all reconstruction groups.
     num_heads: attention heads of each stage.
     mul_attn_ratio: share, in [0, 1], of the blocks of a stage of the body that have mutual attention beside self attention, rounded down.
     mlp_ratio: hidden channels of a block's MLP by the block's own.
@@ -49,7 +50,7 @@ class VRT(nn.Module):
     between.
     deformable_groups: groups of channels that the alignment moves independently; a multiple of `pa_frames` / 2 that divides the channels of
     the neighbours on one side. Without a meaning for `pa_frames` 0.
-    nonblind_denoising: whether the input has the noise level as a further channel.
+    nonblind_denoising: whether the input has the noise level as a further channel; not with `pa_frames` 0.
     use_checkpoint: keep the inputs of blocks and alignments alone, and compute the rest anew for their gradients: less memory, the same result.
 
     Raises ValueError where the arguments don't fit one another.
@@ -76,7 +77,10 @@ class VRT(nn.Module):
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        _check_arguments(upscale, out_chans, depths, embed_dims, num_heads, pa_frames, deformable_groups, indep_reconsts)
+        _check_kind(pa_frames, upscale, in_chans, out_chans, nonblind_denoising)
+        _check_stages(depths, embed_dims, num_heads, indep_reconsts)
+        _check_alignment(embed_dims, pa_frames, deformable_groups)
+        _check_shares(mul_attn_ratio, drop_path_rate)
         self.upscale, self.in_chans, self.out_chans, self.frames = upscale, in_chans, out_chans, img_size[0]
         self.reach, self.nonblind_denoising = pa_frames // 2, nonblind_denoising
         # Four pixels around the point a flow leads to, from both sides, beside the frame itself.
@@ -240,38 +244,55 @@ def _reset_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _check_arguments(
-    upscale: int,
-    out_chans: int,
-    depths: Sequence[int],
-    embed_dims: Sequence[int],
-    num_heads: Sequence[int],
-    pa_frames: int,
-    deformable_groups: int,
-    indep_reconsts: Sequence[int],
-) -> None:
+def _check_kind(pa_frames: int, upscale: int, in_chans: int, out_chans: int, nonblind_denoising: bool) -> None:
     if pa_frames not in (0, 2, 4, 6):
         raise ValueError(f"pa_frames: expected 0, 2, 4 or 6, found {pa_frames}; it counts the neighbours on both sides")
     if upscale not in ((1, 4) if pa_frames else (1,)):
         raise ValueError(f"upscale: expected 1 or 4 (1 with pa_frames 0), found {upscale}")
+    if in_chans != 3:
+        raise ValueError(f"in_chans: expected 3, found {in_chans}; a noise level is asked for by nonblind_denoising")
+    if out_chans < 3 or out_chans % 3 or (pa_frames and out_chans != 3):
+        raise ValueError(f"out_chans: expected 3 (with pa_frames 0, 3 per frame in between), found {out_chans}")
+    if nonblind_denoising and not pa_frames:
+        raise ValueError(f"nonblind_denoising: expected False with pa_frames 0, which takes RGB alone, found {nonblind_denoising}")
+
+
+def _check_stages(depths: Sequence[int], embed_dims: Sequence[int], num_heads: Sequence[int], indep_reconsts: Sequence[int]) -> None:
     if len(depths) <= BODY:
         raise ValueError(f"depths: expected {BODY} entries for the body and at least 1 more, found {len(depths)}")
     for name, values in (("embed_dims", embed_dims), ("num_heads", num_heads)):
         if len(values) != len(depths):
             raise ValueError(f"{name}: expected {len(depths)} entries, one per entry of depths, found {len(values)}")
+        for i, value in enumerate(values):
+            if value < 1:
+                raise ValueError(f"{name}[{i}]: expected 1 or more, found {value}")
     for i, (dim, heads) in enumerate(zip(embed_dims, num_heads)):
         if dim % heads:
             raise ValueError(f"embed_dims[{i}]: expected a multiple of num_heads[{i}] = {heads}, found {dim}")
         if i < BODY and dim % 4:
             raise ValueError(f"embed_dims[{i}]: expected a multiple of 4 (position encoding, changes of scale), found {dim}")
-        if i < BODY and pa_frames and dim % (pa_frames // 2):
-            raise ValueError(f"embed_dims[{i}]: expected a multiple of {pa_frames // 2} (pa_frames / 2), found {dim}")
-        if i < BODY and pa_frames and (dim * pa_frames // 2 % deformable_groups or deformable_groups % (pa_frames // 2)):
-            raise ValueError(
-                f"deformable_groups: expected a multiple of {pa_frames // 2} (pa_frames / 2) that divides "
-                f"embed_dims[{i}] * {pa_frames // 2} = {dim * pa_frames // 2}, found {deformable_groups}"
-            )
+        # What a scale has on the way down is added where it is reached again.
+        same, why = (_halvings(i), "whose features are added to it") if i < BODY else (BODY, "since all reconstruction groups are equally wide")
+        if dim != embed_dims[same]:
+            raise ValueError(f"embed_dims[{i}]: expected {embed_dims[same]}, as embed_dims[{same}], {why}, found {dim}")
     if any(not BODY <= i < len(depths) for i in indep_reconsts):
         raise ValueError(f"indep_reconsts: expected entries from {BODY} to {len(depths) - 1}, found {list(indep_reconsts)}")
-    if out_chans % 3 or (pa_frames and out_chans != 3):
-        raise ValueError(f"out_chans: expected 3 (with pa_frames 0, 3 per frame in between), found {out_chans}")
+
+
+def _check_alignment(embed_dims: Sequence[int], pa_frames: int, deformable_groups: int) -> None:
+    reach = pa_frames // 2
+    for i, dim in enumerate(embed_dims[:BODY] if reach else ()):
+        if dim % reach:
+            raise ValueError(f"embed_dims[{i}]: expected a multiple of {reach} (pa_frames / 2), found {dim}")
+        if deformable_groups < 1 or dim * reach % deformable_groups or deformable_groups % reach:
+            raise ValueError(
+                f"deformable_groups: expected a multiple of {reach} (pa_frames / 2) that divides "
+                f"embed_dims[{i}] * {reach} = {dim * reach}, found {deformable_groups}"
+            )
+
+
+def _check_shares(mul_attn_ratio: float, drop_path_rate: float) -> None:
+    if not 0 <= mul_attn_ratio <= 1:
+        raise ValueError(f"mul_attn_ratio: expected a number in [0, 1], found {mul_attn_ratio}")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate: expected a number in [0, 1), found {drop_path_rate}")
