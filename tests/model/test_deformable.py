@@ -5,7 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import vrt.model.deformable
 from vrt.model.deformable import ParallelAlignment, deform_conv2d
+from vrt.model.network import VRT
 
 # Cases 5 and 6 have strides and dilations, which the network does not use. 8 and 9 sample at whole pixels, where offsets have no gradient.
 SMOOTH, KINKED = [0, 1, 2, 3, 4, 7], [8, 9]
@@ -69,6 +71,19 @@ def test_each_neighbour_is_moved_by_its_own_flow_and_weighed_in_its_own_place(re
                 moved = moved_by(clip[0, frame + 1 + place, :, :, :2], *flows[way, frame, place].tolist())
                 expected[0, frame, :, :, 2 * place : 2 * place + 2] = moved
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_a_training_step_aligns_a_frame_twice_whether_blocks_are_checkpointed_or_not(
+    use_checkpoint: bool, make_network: Callable[..., VRT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aligned: list[int] = []
+    monkeypatch.setattr(vrt.model.deformable, "deform_conv2d", lambda x, *rest, **named: aligned.append(len(x)) or deform_conv2d(x, *rest, **named))
+    output = make_network(use_checkpoint=use_checkpoint).train()(torch.rand(1, 3, 3, 16, 16))
+    # Two pairs of frames in both directions, in seven stages.
+    assert sum(aligned) == 2 * 2 * 7
+    output.sum().backward()
+    assert sum(aligned) == 2 * (2 * 2 * 7)
 
 
 def moved_by(x: torch.Tensor, right: int, down: int) -> torch.Tensor:

@@ -42,11 +42,13 @@ class ParallelAlignment(nn.Module):
     """Align the features of all neighbours of all frames, in both directions of time, in one batched deformable convolution.
 
     The offsets are the optical flow plus what four convolutions on the flow-warped neighbours add to it, at most `max_offset` pixels.
+
+    On CPUs a training computes each frame again for its gradient. `keep` does without that, where all of it is computed again anyway.
     """
 
-    def __init__(self, dim: int, reach: int, deformable_groups: int, max_offset: float) -> None:
+    def __init__(self, dim: int, reach: int, deformable_groups: int, max_offset: float, keep: bool = False) -> None:
         super().__init__()
-        self.dim, self.reach, self.max_offset = dim, reach, max_offset
+        self.dim, self.reach, self.max_offset, self.keep = dim, reach, max_offset, keep
         self.weight = nn.Parameter(torch.empty(dim, dim, 3, 3))
         self.bias = nn.Parameter(torch.empty(dim))
         self.conv_offset = nn.Sequential(
@@ -83,7 +85,7 @@ class ParallelAlignment(nn.Module):
         guess = self._guess(neighbours, current, flows)
         if runs_eagerly_on_cpu(x):
             # Nine values per pixel and channel lie between input and output: frame by frame they stay in the cache.
-            aligned = in_parts(self._align, 1, (neighbours, guess, flows), (self.weight, self.bias))
+            aligned = in_parts(self._align, 1, (neighbours, guess, flows), (self.weight, self.bias), keep=self.keep)
         else:
             aligned = self._align(slice(None), neighbours, guess, flows)
         from_right, from_left = back_in_time(pad_frames(aligned.view(batch, depth - 1, channels, height, width), depth))

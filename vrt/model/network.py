@@ -93,7 +93,8 @@ class VRT(nn.Module):
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         shared = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "use_checkpoint": use_checkpoint}
         for i, (depth, dim, heads) in enumerate(zip(depths[:BODY], embed_dims, num_heads)):
-            alignment = ParallelAlignment(dim, self.reach, deformable_groups, max_offset=10 / 2 ** _halvings(i)) if pa_frames else None
+            farthest = 10 / 2 ** _halvings(i)
+            alignment = ParallelAlignment(dim, self.reach, deformable_groups, farthest, keep=use_checkpoint) if pa_frames else None
             mutual_blocks = int(depth * mul_attn_ratio)
             stage = Stage(_reshape(i, embed_dims), dim, heads, window, mutual_blocks, rates[i].tolist(), alignment=alignment, **shared)
             self.add_module(f"stage{i + 1}", stage)
