@@ -1,5 +1,8 @@
 """Restore a whole clip with bounded device memory: in tiles that overlap in time and space and blend without seams.
 
+Away from cuts tiles equal the whole clip only where they start on the borders of its windows, at the lowest scale too; elsewhere windows
+show the network other surroundings (docs/measured.md).
+
 Axes: B batch, D frames, C channels, H height, W width; lower-case h, w are those of the input.
 """
 
