@@ -41,7 +41,7 @@ SMALL = {
     "deformable_groups": 4,
 }
 PARTS = {
-    "products of attention": ("bmm", "attention"),
+    "batched products: attention, alignment": ("bmm", "attention"),
     "convolutions and linear layers": ("convolution", "mm", "linear"),
     "softmax": ("softmax",),
     "sampling between pixels": ("grid_sampler", "gather", "index"),
