@@ -85,6 +85,25 @@ def test_what_the_leader_fails_with_reaches_those_that_lose_it(torchrun):
     assert "1 heard 69" in output and "2 heard 69" in output, output
 
 
+def test_only_where_all_ended_well_is_their_group_ended_with_them(torchrun):
+    # To end NCCL's waits for all others, which may be gone, or wait themselves in a sum that this process will never join.
+    told = """torch.distributed.destroy_process_group = lambda: print(f"{team.rank} ended the group", flush=True)
+    """
+    well, _ = torchrun(told + "team.any(False)", 2).communicate(timeout=120)
+    assert "0 ended the group" in well and "1 ended the group" in well, well
+
+    script = """__import__('signal').signal(15, 1)  # torchrun ends the others of one that failed
+    if team.rank == 1:
+        raise ValueError("rank 1 has had enough")
+    try:
+        team.any(False)
+    except PeerLost:
+        print("0 lost it and ends well", flush=True)"""
+    badly, _ = torchrun(told + script, 2).communicate(timeout=120)
+    assert "rank 1 has had enough" in badly and "0 lost it and ends well" in badly, badly
+    assert "ended the group" not in badly, badly
+
+
 @pytest.mark.long
 def test_a_silent_meeting_point_is_taken_for_dead(torchrun):
     # The agent that keeps the store, stopped: it answers nothing and closes nothing, as a host that lost its power.

@@ -88,6 +88,8 @@ class Torchrun(Team):
         self.rank, self.size, self._heart = rank, size, heart
         self.seconds = 0.0
         """Spent on adding up so far, waiting for slower processes included."""
+        self.lost = False
+        """Whether an exchange raised PeerLost."""
 
     @property
     def first_away(self) -> bool:
@@ -163,8 +165,10 @@ class Torchrun(Team):
                 pause = min(2 * pause, 2e-3)
             work.wait()
         except PeerLost:
+            self.lost = True
             raise
         except RuntimeError as error:
+            self.lost = True
             raise PeerLost(self._farewell(str(error).splitlines()[0])) from error
 
     def _farewell(self, how: str) -> str:
@@ -265,17 +269,22 @@ def device_here() -> torch.device:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Team]:
-    """The team that this process trains in; while the block runs, its processes can reach each other."""
+    """The team that this process trains in; while the block runs, its processes can reach each other.
+
+    A process that the block left with an error, or that lost others in it, can't join again.
+    """
     if torchrun_rank() is None:
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=LONGEST_WAIT)
     heart = Heart(dist.get_rank(), dist.get_world_size())
+    team = Torchrun(dist.get_rank(), dist.get_world_size(), heart)
     try:
-        yield Torchrun(dist.get_rank(), dist.get_world_size(), heart)
+        yield team
     finally:
         heart.stop()
-        # To end it properly would be to wait for an answer of the dead.
-        if not heart.missed:
-            dist.destroy_process_group()
+    # Not after an error: to end it properly would be to wait for an answer of the dead, or of those that wait for this process in a sum.
+    # It goes with this process, which ends right away (`vrt.lifecycle.leave`).
+    if not (team.lost or heart.missed):
+        dist.destroy_process_group()

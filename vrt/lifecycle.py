@@ -105,16 +105,14 @@ def leave(code: int) -> NoReturn:
 
     To torchrun a process that stopped as it was asked to has not failed. Python would wait for what does not end: then it is not asked.
     """
-    at_once = any(thread.is_alive() for thread in _abandoned)
+    # Threads of gloo and NCCL wait for processes that may be dead.
+    at_once = torchrun_rank() is not None or any(thread.is_alive() for thread in _abandoned)
     if OUTCOME in os.environ:
         # Where the launcher is gone, its folder may be, too.
         with suppress(FileNotFoundError):
             Path(f"{os.environ[OUTCOME]}.{os.environ['LOCAL_RANK']}").write_text(str(code))
-        if code in (EXIT_DONE, EXIT_CONTINUE_ME):
+        if code == EXIT_CONTINUE_ME:
             code = EXIT_DONE
-        else:
-            # gloo's threads wait for a process that may be dead.
-            at_once = True
     if at_once:
         sys.stdout.flush()
         sys.stderr.flush()
