@@ -12,6 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+
+from vrt import distributed
+from vrt.distributed import PeerLost, Torchrun
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -52,6 +56,46 @@ def test_gradients_are_added_up_on_the_gpu_and_all_else_beside_it(torchrun, gpu)
     print(a.tolist(), told["weights"].tolist(), team.any(True), team.total(0.5), flush=True)"""
     output, _ = torchrun(script, 1, "cuda").communicate(timeout=120)
     assert "[[3.0, 3.0], [3.0, 3.0]] [0, 1, 2] True (0.5,)" in output, output
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU, which is on the CPU."""
+
+    is_cuda = True
+
+
+class Pulse:
+    """A heart whose others are there for so many checks."""
+
+    def __init__(self, checks: int):
+        self.checks = checks
+
+    def check(self) -> None:
+        self.checks -= 1
+        if self.checks < 0:
+            raise PeerLost("rank 1 has said nothing")
+
+
+class Done:
+    """An exchange that is over."""
+
+    def is_completed(self) -> bool:
+        return True
+
+    def wait(self) -> None: ...
+
+
+def test_a_sum_on_gpus_begins_once_all_are_seen_to_be_there(monkeypatch):
+    # NCCL does not notice within a machine that another process died; gloo does at once.
+    exchanged = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: exchanged.append("backward pass"))
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor, async_op: exchanged.append(tensor.is_cuda) or Done())
+    team = Torchrun(0, 2, Pulse(1000))
+    team.add_up([torch.ones(3).as_subclass(OnGpu)])
+    assert exchanged == ["backward pass", False, True]
+    exchanged.clear()
+    team.add_up([torch.ones(3)])
+    assert exchanged == [False], "which closes its connections at once itself"
 
 
 def test_two_gpus_add_up_what_each_has(torchrun, two_gpus):

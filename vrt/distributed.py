@@ -104,11 +104,15 @@ class Torchrun(Team):
         return tuple(sums.tolist())
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
-        """All tensors as one, in a single exchange."""
+        """All tensors as one, in a single exchange; on GPUs after another one, beside them, that waits for all to be there."""
         if tensors[0].is_cuda:
             # The sum waits for the backward pass anyway, which is no part of what adding up takes.
             torch.cuda.synchronize(tensors[0].device)
         started = time.monotonic()
+        if tensors[0].is_cuda:
+            # Who is slow is waited for here, and who died is noticed, since gloo's connections close. Within a machine NCCL's sum would wait for
+            # the dead until their heart was silent for long enough.
+            self.total(0.0)
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         self._sum(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
