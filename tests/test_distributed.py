@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from vrt import distributed
+from vrt import distributed, lifecycle
 from vrt.distributed import PeerLost, Torchrun
 
 REPOSITORY = Path(__file__).parents[1]
@@ -50,7 +50,8 @@ def test_all_add_up_hear_the_leader_and_agree(torchrun):
 
 def test_gradients_are_added_up_on_the_gpu_and_all_else_beside_it(torchrun, gpu):
     # One process: NCCL gives each a GPU of its own.
-    script = """a = torch.full((2, 2), 3.0, device="cuda")
+    script = """team.connect(torch.device("cuda", 0))
+    a = torch.full((2, 2), 3.0, device="cuda")
     team.add_up([a])
     told = team.from_leader({"weights": torch.arange(3, device="cuda")})
     print(a.tolist(), told["weights"].tolist(), team.any(True), team.total(0.5), flush=True)"""
@@ -98,8 +99,58 @@ def test_a_sum_on_gpus_begins_once_all_are_seen_to_be_there(monkeypatch):
     assert exchanged == [False], "which closes its connections at once itself"
 
 
+@pytest.fixture
+def connecting(monkeypatch):
+    """A process whose first sum on its GPU is what the test says; the others are there for two checks of the heart."""
+
+    def started(first_sum) -> Torchrun:
+        monkeypatch.setattr(distributed, "first_sum", first_sum)
+        monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor, async_op: Done())
+        monkeypatch.setattr(lifecycle, "_abandoned", [])
+        return Torchrun(0, 2, Pulse(2))
+
+    return started
+
+
+def test_the_first_sum_on_gpus_is_over_before_anything_is_computed(connecting):
+    summed = []
+    team = connecting(summed.append)
+    team.connect(torch.device("cpu"))
+    assert summed == [], "gloo is connected from the start"
+    team.connect(torch.device("cuda", 1))
+    assert summed == [torch.device("cuda", 1)] and not team.lost
+
+
+def test_who_dies_while_gpus_connect_is_noticed_and_does_not_keep_the_others_from_ending(connecting):
+    over = threading.Event()
+    team = connecting(lambda device: over.wait(60))
+    with pytest.raises(PeerLost, match="rank 1 has said nothing"):
+        team.connect(torch.device("cuda", 0))
+    assert team.lost and [thread.is_alive() for thread in lifecycle._abandoned] == [True]
+    over.set()
+
+
+def test_gpus_that_can_not_connect_are_told_with_where_to_look(connecting, monkeypatch):
+    monkeypatch.setattr(distributed, "SECONDS_TO_CONNECT", 0.3)
+    over = threading.Event()
+    message = (
+        r"^rank 0 of 2 on \S+: NCCL has not connected its GPU with those of the others within 0 s; NCCL_DEBUG=INFO tells by which way it tries, "
+        "NCCL_SOCKET_IFNAME names the network interface to take, and no firewall may be between them$"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        connecting(lambda device: over.wait(60)).connect(torch.device("cuda", 0))
+    over.set()
+
+    def refused(device):
+        raise RuntimeError("NCCL error: Duplicate GPU detected\nand more")
+
+    with pytest.raises(PeerLost, match=r"lost the others \(NCCL error: Duplicate GPU detected\)"):
+        connecting(refused).connect(torch.device("cuda", 0))
+
+
 def test_two_gpus_add_up_what_each_has(torchrun, two_gpus):
     script = """from vrt.distributed import device_here
+    team.connect(device_here())
     a = torch.full((2, 2), float(team.rank + 1), device=device_here())
     team.add_up([a])
     told = team.from_leader({"weights": torch.arange(3, device=a.device)} if team.leads else None)

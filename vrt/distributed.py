@@ -22,13 +22,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vrt.lifecycle import torchrun_rank
+from vrt.lifecycle import torchrun_rank, within
 
 SECONDS_OF_SILENCE = 20.0
 """After these a process that says nothing is taken for dead: its host is, or the network to it."""
 SECONDS_BETWEEN_BEATS = 2.0
 # Not what finds the dead, but how long the others wait for rank 0 while it fetches a checkpoint, waits for a lease, or validates.
 LONGEST_WAIT = timedelta(days=2)
+SECONDS_TO_CONNECT = 300.0
+"""For NCCL, which takes seconds, once all processes are there."""
 LONGEST_FACTS = 4096
 
 
@@ -59,6 +61,9 @@ class Team:
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in any process."""
         return self.total(flag)[0] > 0
+
+    def connect(self, device: torch.device) -> None:
+        """Connect the devices that are to add up, before anything is computed. Raises PeerLost, and RuntimeError where they can't."""
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes, the same bits in each. Raises PeerLost."""
@@ -102,6 +107,22 @@ class Torchrun(Team):
         sums = torch.tensor(numbers, dtype=torch.float64)
         self._sum(sums)
         return tuple(sums.tolist())
+
+    def connect(self, device: torch.device) -> None:
+        """A first sum, of GPUs alone. Raises PeerLost, and RuntimeError where that is not over in time, saying where to look."""
+        if device.type != "cuda":
+            return
+        self.total(0.0)
+        # NCCL connects as its first sum starts, which does not return before: only from beside it can the heart be heard meanwhile. And it takes
+        # memory that torch knows nothing of, which must not be missed where `vrt.training.memory` fills what is free.
+        with self._others_lost():
+            connected = within(SECONDS_TO_CONNECT, lambda: first_sum(device), self._hear)
+        if not connected:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size} on {platform.node()}: NCCL has not connected its GPU with those of the others within "
+                f"{SECONDS_TO_CONNECT:.0f} s; NCCL_DEBUG=INFO tells by which way it tries, NCCL_SOCKET_IFNAME names the network interface to take, "
+                "and no firewall may be between them"
+            )
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         """All tensors as one, in a single exchange; on GPUs after another one, beside them, that waits for all to be there."""
@@ -159,7 +180,7 @@ class Torchrun(Team):
         self._wait(lambda: dist.all_reduce(tensor, async_op=True))
 
     def _wait(self, start: Callable[[], dist.Work]) -> None:
-        try:
+        with self._others_lost():
             work = start()
             # Looked at, not waited for: a host that lost its power closes no connection, and only the silence of its heart shows it.
             pause = 1e-5
@@ -168,6 +189,16 @@ class Torchrun(Team):
                 time.sleep(pause)
                 pause = min(2 * pause, 2e-3)
             work.wait()
+
+    def _hear(self) -> bool:
+        self._heart.check()
+        return False
+
+    @contextmanager
+    def _others_lost(self) -> Iterator[None]:
+        """Whatever an exchange raises while the block runs means that others are lost: PeerLost."""
+        try:
+            yield
         except PeerLost:
             self.lost = True
             raise
@@ -259,6 +290,14 @@ class Heart:
                 elif now - heard[other][1] > SECONDS_OF_SILENCE:
                     self._lost = f"rank {other} has said nothing for {SECONDS_OF_SILENCE:.0f} s: its host or the network to it is gone"
                     return
+
+
+def first_sum(device: torch.device) -> None:
+    """Add up a number over all processes on their GPUs, and wait for it."""
+    # The current GPU is a thread's own.
+    torch.cuda.set_device(device)
+    dist.all_reduce(torch.zeros(1, device=device))
+    torch.cuda.synchronize(device)
 
 
 def device_here() -> torch.device:

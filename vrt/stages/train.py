@@ -119,6 +119,7 @@ def train_in_team(training: Training, started: float) -> int:
     params, data, team = training.params, training.data, training.team
     version = f"{code_version()} ({code_digest()})"
     team.check_same({"params": fingerprint(params.model_dump(mode="json")), "data": data.digest, "torch": torch.__version__, "code": version})
+    team.connect(training.device)
     if not team.leads:
         return follow(training, started)
     code = lead(training, started)
