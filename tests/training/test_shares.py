@@ -90,17 +90,22 @@ def test_bf16_rounds_the_gradient_and_tf32_on_a_cpu_does_not(params, state, batc
     assert torch.cosine_similarity(rounded, exact, dim=0) > 0.98
 
 
+def with_memory_for(clips: int) -> Callable[..., torch.Tensor]:
+    """`accumulate` on a GPU that holds so many at once: its memory can't be made small here."""
+
+    def accumulated(params, network, step, few, team, at_once):
+        if len(few.truth) > clips:
+            raise torch.OutOfMemoryError
+        return accumulate(params, network, step, few, team, at_once)
+
+    return accumulated
+
+
 @pytest.mark.parametrize("holds, expected", [(4, 4), (3, 2), (1, 1), (0, 0)])
 def test_the_probe_finds_how_many_clips_the_memory_holds_and_changes_nothing(holds: int, expected: int, params, state, batch, monkeypatch):
     before = {key: value.clone() for key, value in state.network.state_dict().items()}
 
-    def accumulated(params, network, step, few, team, at_once):
-        # A GPU's memory can't be made small here.
-        if len(few.truth) > holds:
-            raise torch.OutOfMemoryError
-        return accumulate(params, network, step, few, team, at_once)
-
-    monkeypatch.setattr(memory, "accumulate", accumulated)
+    monkeypatch.setattr(memory, "accumulate", with_memory_for(holds))
 
     assert memory.most_that_fits(params, state, batch) == expected
     assert all(parameter.grad is None for parameter in state.network.parameters())
@@ -113,7 +118,11 @@ def test_the_probe_leaves_room_for_what_adam_does_not_have_yet(params, state, ba
     beside, empty = [], torch.empty
     monkeypatch.setattr(memory.torch, "empty", lambda size, **options: beside.append(size) or empty(size, **options))
     memory.most_that_fits(params, state, batch)
-    assert beside == [2 * weights]
+    assert beside == [2 * weights], "all clips go together: their gradients come as what was kept for them goes"
+    beside.clear()
+    monkeypatch.setattr(memory, "accumulate", with_memory_for(2))
+    memory.most_that_fits(params, state, batch)
+    assert beside == [2 * weights, 3 * weights], "the second two clips go while the gradients of the first two are there"
 
     unfrozen = params.model_copy(update={"optimizer": params.optimizer.model_copy(update={"flow_frozen_steps": 0})})
     take_step(unfrozen, state, 1, batch)

@@ -1,5 +1,7 @@
 """How many clips go through the network together, where its memory may not hold a process's whole share of a batch."""
 
+from collections.abc import Iterator
+
 import torch
 
 from vrt.data.clips import PreparedData
@@ -47,7 +49,11 @@ def most_that_fits(params: Params, state: TrainingState, batch: Batch, team: Tea
     set_schedule(state.optimizer, params.optimizer, params.train.total_steps)
     state.network.train()
     for count in halves(len(batch.truth)):
-        fits = _fits(params, state, Batch(batch.degraded[:count], batch.truth[:count]))
+        beside = bytes_to_come(state.optimizer)
+        if count < len(batch.truth):
+            # The other parts go through the network while the gradients of the first are there.
+            beside += gradient_bytes(state.optimizer)
+        fits = _fits(params, state, Batch(batch.degraded[:count], batch.truth[:count]), beside)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if not team.any(not fits):
@@ -58,15 +64,23 @@ def most_that_fits(params: Params, state: TrainingState, batch: Batch, team: Tea
 
 def bytes_to_come(optimizer: torch.optim.Optimizer) -> int:
     """What Adam's first steps add for good to the memory in use: two moments of each parameter that has none yet."""
-    without = (parameter for group in optimizer.param_groups for parameter in group["params"] if parameter not in optimizer.state)
-    return sum(2 * parameter.numel() * parameter.element_size() for parameter in without)
+    return sum(2 * parameter.nbytes for parameter in _trained(optimizer) if parameter not in optimizer.state)
 
 
-def _fits(params: Params, state: TrainingState, batch: Batch) -> bool:
+def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What the gradients take of all that is ever trained."""
+    return sum(parameter.nbytes for parameter in _trained(optimizer))
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _fits(params: Params, state: TrainingState, batch: Batch, beside: int) -> bool:
     try:
-        moments = torch.empty(bytes_to_come(state.optimizer), dtype=torch.uint8, device=next(state.network.parameters()).device)
+        kept = torch.empty(beside, dtype=torch.uint8, device=next(state.network.parameters()).device)
         accumulate(params, state.network, state.step + 1, batch, ALONE, None)
-        del moments
+        del kept
     except torch.OutOfMemoryError:
         return False
     finally:
