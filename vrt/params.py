@@ -223,7 +223,8 @@ class Train(Section):
     """Processes on each machine that share every batch, one per GPU; auto: as many as there are GPUs and the batch can be shared by."""
     clips_at_once: Positive | Literal["auto"]
     """Clips of its share that a process puts through the network together; the rest follow, and their gradients are added.
-    auto: all, or on a GPU as many as its memory holds, which is tried out before the first step."""
+    auto: all, or on a GPU as many as its memory holds, which is tried out before the first step; but 1 with `deterministic`, whose bits must not
+    depend on what is free."""
     precision: Literal["fp32", "tf32", "bf16"]
     """What a GPU computes in: fp32; its matrix products in tf32, which GPUs from Ampere on have and which is what the published trainings
     got from PyTorch's convolutions; or bf16, with flows, sampling points, weights and the loss in fp32. tf32 is fp32 on a CPU."""

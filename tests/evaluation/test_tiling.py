@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vrt.evaluation import tiling
 from vrt.evaluation.tiling import AnySize, Tiling, TooLittleMemory, blend_weights, restore, tile_count, tile_spans
 from vrt.model.precision import computing
+from vrt.training.determinism import determinism
 
 
 @st.composite
@@ -289,6 +290,13 @@ def test_tiles_go_together_as_far_as_memory_allows_and_come_out_the_same(monkeyp
     network = Small()
     assert torch.equal(restore(network, clip, (2, 16, 16), (0, 8, 8), 1), alone)
     assert network.tried == [16, 8, 4, *[2] * 8]
+
+
+def test_a_gpu_takes_one_tile_after_the_other_where_bits_must_not_depend_on_free_memory():
+    assert tiling.most_at_once(torch.device("cuda"), 16) == 16
+    assert tiling.most_at_once(torch.device("cpu"), 16) == 1
+    with determinism(True):
+        assert tiling.most_at_once(torch.device("cuda"), 16) == 1
 
 
 def with_memory_for(side: int) -> nn.Module:

@@ -68,6 +68,8 @@ def test_what_clips_take_is_said_with_who_knows_better(params):
     clip = f"{clip_bytes(params) / 1e9:.1f}"
     assert tried.found == f"79.0 of 85.0 GB of GPU 1 are free; {takes}, and each clip at once about {clip} GB; the start tries how many fit"
     assert (tried.state, tried.remedy) == ("ok", "should not even one fit: train.activation_checkpointing: true")
+    alike = judged_memory(with_train(params, deterministic=True), Memory(79 * GB, 85 * GB, 1, 1, 4))
+    assert alike.found.endswith(f"each clip at once about {clip} GB"), "it is always one"
     machine = judged_memory(params, Memory(79 * GB, 85 * GB, None, 1, 4))
     assert machine.found == f"79.0 of 85.0 GB of the machine are free; {takes}; what clips take on top, the first step tells"
     assert (machine.state, machine.remedy) == ("ok", "should it be too much: lower train.clips_at_once")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vrt.data.sampler import Batch
+from vrt.data.sampler import Batch, Share
 from vrt.distributed import ALONE, Team
 from vrt.lifecycle import StopRequest
 from vrt.params import Params, load_params
@@ -128,6 +128,20 @@ def test_the_probe_leaves_room_for_what_adam_does_not_have_yet(params, state, ba
     take_step(unfrozen, state, 1, batch)
 
     assert memory.bytes_to_come(state.optimizer) == 0
+
+
+@pytest.mark.parametrize("holds, expected", [(4, 1), (0, 0)])
+def test_how_deterministic_steps_are_shared_out_does_not_depend_on_free_memory(holds: int, expected: int, params, state, batch, monkeypatch):
+    monkeypatch.setattr(memory, "accumulate", with_memory_for(holds))
+    deterministic = params.model_copy(update={"train": params.train.model_copy(update={"deterministic": True})})
+    assert memory.most_that_fits(deterministic, state, batch) == expected
+
+
+@pytest.mark.parametrize("wanted, expected", [("auto", CLIPS), (3, 3)])
+def test_on_a_cpu_and_by_a_number_deterministic_steps_are_shared_out_as_others(wanted, expected: int, params, state):
+    train = params.train.model_copy(update={"deterministic": True, "clips_at_once": wanted, "batch_size": CLIPS})
+    by = params.model_copy(update={"train": train})
+    assert memory.clips_at_once(by, state, Share(0, 1), None, Team()) == expected
 
 
 def test_the_probe_finds_what_the_memory_of_a_real_gpu_holds(gpu, params, batch):

@@ -30,8 +30,9 @@ def restore(network: nn.Module, degraded: Tensor, tile: Size, overlap: Size, ups
 
     `tile` and `overlap` are frames, height and width of the input; an axis shorter than its tile is taken whole, so a clip that
     fits in one tile gives the very bits of `network(degraded)`. On a CPU one tile at a time goes through the network, on a GPU as many as
-    it has memory for, and smaller ones where it has too little for one. A GPU computes in full float32: results are compared across
-    machines, and not all have the coarser products. The modes (training or evaluation) of the network and its parts are as before
+    it has memory for (one, where PyTorch is told to be deterministic), and smaller ones where it has too little for one. A GPU computes in
+    full float32: results are compared across machines, and not all have the coarser products. The modes (training or evaluation) of the
+    network and its parts are as before
     afterwards. `progress` is called once per tile.
 
     Raises ValueError if the overlap does not leave a tile room to advance, or the network returns another shape than expected, and
@@ -154,8 +155,11 @@ def _outputs(network: nn.Module, tiles: list[Tensor]) -> Iterator[Tensor]:
 
 
 def most_at_once(device: torch.device, tiles: int) -> int:
-    """How many tiles to try first: all of them on a GPU, which many keep busy; on a CPU one does, and takes the least memory."""
-    return tiles if device.type == "cuda" else 1
+    """How many tiles to try first: all of them on a GPU, which many keep busy; on a CPU one does, and takes the least memory.
+
+    One also where PyTorch is told to be deterministic: a GPU may compute several in another order, and what it holds is not always the same.
+    """
+    return tiles if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled() else 1
 
 
 class AnySize(nn.Module):

@@ -68,6 +68,7 @@ def judged_memory(params: Params, seen: Memory) -> Finding:
 def _judged_clips(params: Params, seen: Memory, found: str) -> Finding:
     """What is to be said of a GPU that holds all but the clips."""
     wanted = params.train.clips_at_once
+    tried = wanted == "auto" and not params.train.deterministic
     clips = 1 if wanted == "auto" else min(wanted, seen.share)
     each = clip_bytes(params)
     found = f"{found}, and each clip at once about {each / GB:.1f} GB"
@@ -75,7 +76,7 @@ def _judged_clips(params: Params, seen: Memory, found: str) -> Finding:
     remedy = f"should not even one fit: {smaller}" if clips == 1 else "lower train.clips_at_once, or set it to auto"
     if state_bytes(params) + clips * each > seen.total:
         return Finding("memory", "warning", f"{found}, which is more than there is", remedy)
-    return Finding("memory", "ok", f"{found}; the start tries how many fit" if wanted == "auto" else found, remedy)
+    return Finding("memory", "ok", f"{found}; the start tries how many fit" if tried else found, remedy)
 
 
 def _fullest_gpu(processes: int, share: int) -> Memory | None:

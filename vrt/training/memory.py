@@ -14,7 +14,8 @@ from vrt.training.optim import set_schedule
 
 
 def clips_at_once(params: Params, state: TrainingState, share: Share, data: PreparedData, team: Team) -> int:
-    """`train.clips_at_once`, or for auto: all of the share on a CPU, and on a GPU the most that its memory holds, by trying.
+    """`train.clips_at_once`, or for auto: all of the share on a CPU, and on a GPU the most that its memory holds, by trying, or 1 with
+    `train.deterministic`.
 
     Every process takes the least that any of them found. Raises ValueError where not even one clip fits.
     """
@@ -43,12 +44,13 @@ def halves(count: int) -> list[int]:
 def most_that_fits(params: Params, state: TrainingState, batch: Batch, team: Team = ALONE) -> int:
     """The most clips of a batch, by halves, whose gradient every process can compute with everything trained; 0: not even one.
 
+    With `train.deterministic` 1 is the most: what is free differs from attempt to attempt, and other parts are added up in another order.
     Changes nothing of the state.
     """
     # What is frozen at first is not for ever, and needs memory then.
     set_schedule(state.optimizer, params.optimizer, params.train.total_steps)
     state.network.train()
-    for count in halves(len(batch.truth)):
+    for count in [1] if params.train.deterministic else halves(len(batch.truth)):
         beside = bytes_to_come(state.optimizer)
         if count < len(batch.truth):
             # The other parts go through the network while the gradients of the first are there.
