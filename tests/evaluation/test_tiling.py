@@ -299,6 +299,38 @@ def test_a_gpu_takes_one_tile_after_the_other_where_bits_must_not_depend_on_free
         assert tiling.most_at_once(torch.device("cuda"), 16) == 1
 
 
+def test_how_many_tiles_go_together_is_found_once_for_all_clips_and_again_for_smaller_tiles(monkeypatch):
+    monkeypatch.setattr(tiling, "most_at_once", lambda device, tiles: tiles)
+
+    class Small(nn.Module):
+        """Has memory for so many pixels at once."""
+
+        def __init__(self):
+            super().__init__()
+            self.tried, self.pixels = [], 3 * 16 * 16
+
+        def forward(self, x):
+            self.tried.append(len(x))
+            if x[:, 0, 0].numel() > self.pixels:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return x[:, :, :3] * 0.5
+
+    network = Small()
+    monkeypatch.setattr(tiling, "SMALLEST_TILE", 8)
+    tiles = Tiling(network, (2, 16, 16), (0, 0, 0), 1)
+
+    def restored() -> list[int]:
+        network.tried.clear()
+        # Two spans of time, of 16 tiles each.
+        list(tiles.stream(lambda start, stop: clip(1, 4, 3, 64, 64)[:, start:stop], (4, 64, 64)))
+        return list(network.tried)
+
+    assert restored() == [16, 8, 4, *[2] * 16]
+    assert restored() == [2] * 16
+    network.pixels = 3 * 8 * 8
+    assert restored() == [2, 1, 64, 32, 16, 8, 4, *[2] * 64]
+
+
 def with_memory_for(side: int) -> nn.Module:
     """A network whose device holds tiles of that height and width at most."""
 

@@ -32,8 +32,7 @@ def restore(network: nn.Module, degraded: Tensor, tile: Size, overlap: Size, ups
     fits in one tile gives the very bits of `network(degraded)`. On a CPU one tile at a time goes through the network, on a GPU as many as
     it has memory for (one, where PyTorch is told to be deterministic), and smaller ones where it has too little for one. A GPU computes in
     full float32: results are compared across machines, and not all have the coarser products. The modes (training or evaluation) of the
-    network and its parts are as before
-    afterwards. `progress` is called once per tile.
+    network and its parts are as before afterwards. `progress` is called once per tile.
 
     Raises ValueError if the overlap does not leave a tile room to advance, or the network returns another shape than expected, and
     TooLittleMemory.
@@ -51,7 +50,10 @@ class TooLittleMemory(RuntimeError):
 
 
 class Tiling:
-    """Restores clips with one network, tile by tile. Where memory is too little for a tile they become smaller, and stay so."""
+    """Restores clips with one network, tile by tile. Where memory is too little for a tile they become smaller, and stay so.
+
+    How many go through the network together is found once, too, for tiles of one size.
+    """
 
     def __init__(self, network: nn.Module, tile: Size, overlap: Size, upscale: int):
         """Raises ValueError where tiles would share as much as they are long, or less than nothing."""
@@ -59,6 +61,8 @@ class Tiling:
             raise ValueError(f"overlap: expected 0 or more and less than the tile {tuple(tile)}, found {tuple(overlap)}; lower evaluate.overlap")
         self._network, self._planned, self._upscale = network, (tile, overlap), upscale
         self._sides, self._overlap = tuple(tile[1:]), tuple(overlap[1:])
+        self._most_at_once: int | None = None
+        """As many tiles as memory was found to hold; None: it was never too little."""
 
     def stream(
         self, read: Callable[[int, int], Tensor], size: Size, first: int = 0, progress: Callable[[], object] | None = None
@@ -114,6 +118,8 @@ class Tiling:
             ) from error
         self._sides = tuple(min(side, max(SMALLEST_TILE, side // 2)) for side in tried)
         self._overlap = tuple(min(o, side // 2) for o, side in zip(self._overlap, self._sides))
+        # Of smaller ones more may go together than of those that did not even go alone.
+        self._most_at_once = None
         logging.getLogger("vrt").warning("the device has too little memory for a tile: going on with tiles of %d x %d pixels", *self._sides)
 
     def _with_tiles(self, degraded: Tensor, progress: Callable[[], object]) -> Tensor:
@@ -126,7 +132,7 @@ class Tiling:
         parts = [[slice(*axis[i]) for axis, i in zip(spans, place)] for place in places]
         # Not inference_mode: masks that the network computes here and keeps must remain fit for training.
         with _evaluation_mode(self._network), torch.no_grad(), computing("fp32"):
-            outputs = _outputs(self._network, [degraded[..., rows, columns] for rows, columns in parts])
+            outputs = self._outputs([degraded[..., rows, columns] for rows, columns in parts])
             for place, (rows, columns), output in zip(places, parts, outputs):
                 target = restored[..., rows.start * upscale : rows.stop * upscale, columns.start * upscale : columns.stop * upscale]
                 _check_shape(output, target)
@@ -135,23 +141,22 @@ class Tiling:
                 progress()
         return restored
 
-
-def _outputs(network: nn.Module, tiles: list[Tensor]) -> Iterator[Tensor]:
-    """What the network makes of tiles of one size, in order, on the CPU: as many at once as its device has memory for."""
-    device = next(network.parameters(), tiles[0]).device
-    at_once, done = most_at_once(device, len(tiles)), 0
-    while done < len(tiles):
-        some = tiles[done : done + at_once]
-        try:
-            together = network(torch.cat(some).to(device)).float().cpu()
-        except torch.OutOfMemoryError:
-            if at_once == 1:
-                raise
-            at_once //= 2
-            torch.cuda.empty_cache()
-            continue
-        yield from together.split(len(tiles[0]))
-        done += len(some)
+    def _outputs(self, tiles: list[Tensor]) -> Iterator[Tensor]:
+        """What the network makes of tiles of one size, in order, on the CPU: as many at once as its device has memory for."""
+        device = next(self._network.parameters(), tiles[0]).device
+        at_once, done = min(most_at_once(device, len(tiles)), self._most_at_once or len(tiles)), 0
+        while done < len(tiles):
+            some = tiles[done : done + at_once]
+            try:
+                together = self._network(torch.cat(some).to(device)).float().cpu()
+            except torch.OutOfMemoryError:
+                if at_once == 1:
+                    raise
+                at_once = self._most_at_once = at_once // 2
+                torch.cuda.empty_cache()
+                continue
+            yield from together.split(len(tiles[0]))
+            done += len(some)
 
 
 def most_at_once(device: torch.device, tiles: int) -> int:
