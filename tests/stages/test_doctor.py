@@ -107,6 +107,45 @@ def test_processes_that_a_training_refuses_are_told_before(here, monkeypatch):
         here.edit(train__batch_size=1, train__processes=1)
 
 
+def test_a_compiled_training_without_a_compiler_is_told_before(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    headers = tmp_path / "include"
+    headers.mkdir()
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(headers))
+
+    def judged(gpu: bool) -> tuple[str, str]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        finding = doctor.compiler()
+        assert finding.state == "ok" or finding.remedy == (
+            "`apt-get install gcc g++ python3-dev`, in a container in an image of your own, or set train.compile: false"
+        )
+        return finding.state, finding.found
+
+    missing = "train.compile: true, but there is no"
+    assert judged(gpu=True) == ("wrong", f"{missing} C compiler (gcc or clang, or what $CC names) and no {headers}/Python.h")
+    (headers / "Python.h").touch()
+    assert judged(gpu=False) == ("wrong", f"{missing} C++ compiler (g++, or what $CXX names)")
+    for name in ("clang", "g++", "mine"):
+        (tmp_path / name).touch(0o755)
+    assert judged(gpu=True) == ("ok", f"{tmp_path}/clang, and Python's headers")
+    assert judged(gpu=False) == ("ok", f"{tmp_path}/g++, and Python's headers")
+    monkeypatch.setenv("CXX", "mine")
+    assert judged(gpu=False) == ("ok", f"{tmp_path}/mine, and Python's headers")
+    monkeypatch.setenv("CC", "none")
+    assert judged(gpu=True) == ("wrong", f"{missing} C compiler ($CC names none)")
+
+
+def test_only_a_compiled_training_is_asked_for_a_compiler(here):
+    try:
+        here.edit(train__compile=True)
+        ended = here.vrt("doctor", "--json")
+    finally:
+        here.edit(train__compile=False)
+    assert [finding["subject"] for finding in json.loads(ended.stdout)][:2] == ["processor", "compiler"]
+
+
 def test_a_password_in_an_address_is_not_shown(here, services, monkeypatch):
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.setenv(name, services[name].replace("://", "://somebody:secret@"))

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sysconfig
 import time
 import urllib.error
 import urllib.request
@@ -70,7 +71,7 @@ def examine(params: Params, machines: int, before_preparing: bool) -> list[Findi
 
     of_data = raw_data(params) if before_preparing else data(params)
     of_processes, here = processes(params, machines)
-    found = [processor(params), of_processes, memory(params, here, machines), disk(params), of_data]
+    found = [processor(params), *([compiler()] if params.train.compile else []), of_processes, memory(params, here, machines), disk(params), of_data]
     found.append(in_time("MLflow", of_mlflow))
     (home,) = homes or [None]
     found += [in_time("S3", lambda: s3(home)), in_time("DVC remote", remote)]
@@ -101,6 +102,24 @@ def processor(params: Params) -> Finding:
     if params.train.threads > cores:
         return Finding("processor", "warning", f"train.threads is {params.train.threads}, but there are {cores} cores", f"set train.threads: {cores}")
     return Finding("processor", "ok", found)
+
+
+def compiler() -> Finding:
+    """Whether what `train.compile` needs is here, by which the compiler makes for a GPU what launches its kernels, and for a CPU the kernels."""
+    language, variable, names = ("C", "CC", ("gcc", "clang")) if torch.cuda.is_available() else ("C++", "CXX", ("g++",))
+    given = os.environ.get(variable)
+    there = [path for name in ([given] if given else names) if (path := shutil.which(name))]
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    missing = []
+    if not there:
+        looked_for = f"${variable} names {given}" if given else f"{' or '.join(names)}, or what ${variable} names"
+        missing.append(f"no {language} compiler ({looked_for})")
+    if not headers.exists():
+        missing.append(f"no {headers}")
+    if missing:
+        remedy = "`apt-get install gcc g++ python3-dev`, in a container in an image of your own, or set train.compile: false"
+        return Finding("compiler", "wrong", f"train.compile: true, but there is {' and '.join(missing)}", remedy)
+    return Finding("compiler", "ok", f"{there[0]}, and Python's headers")
 
 
 def processes(params: Params, machines: int) -> tuple[Finding, int]:
