@@ -248,14 +248,28 @@ def test_what_was_abandoned_does_not_keep_a_command_from_ending(start):
     assert stuck.stdout.read() == "False True\n"
 
 
-@pytest.mark.parametrize("code", [0, 1])
-def test_a_process_that_torchrun_started_ends_at_once_whoever_launched_that(start, monkeypatch, code: int):
+# As threads of gloo and NCCL that wait for a process that is gone.
+WAITING = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()\n"
+
+
+@pytest.fixture
+def started_by_torchrun(monkeypatch) -> None:
+    """So do processes look that this test starts; and no `vrt train` started that."""
     monkeypatch.delenv(OUTCOME, raising=False)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("RANK", "0")
-    # As threads of gloo and NCCL that wait for a process that is gone.
-    waiting = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()\n"
-    assert start(f"{waiting}from vrt.lifecycle import leave\nprint('told')\nleave({code})").wait(30) == code
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_process_that_torchrun_started_ends_at_once_whoever_launched_that(start, started_by_torchrun, code: int):
+    assert start(f"{WAITING}from vrt.lifecycle import leave\nleave({code})").wait(30) == code
+
+
+def test_so_does_one_with_an_error_that_nobody_foresaw(start, started_by_torchrun):
+    unforeseen = "import sys\nfrom vrt import cli\nsys.stderr = sys.stdout\ncli.main = lambda: {}['nothing']\ncli.program()"
+    ended = start(WAITING + unforeseen)
+    assert ended.wait(30) == 1
+    assert ended.stdout.read().endswith("KeyError: 'nothing'\n")
 
 
 def test_what_can_be_done_again_is_given_up_only_after_a_while(monkeypatch):

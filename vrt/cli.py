@@ -25,7 +25,13 @@ from vrt.lifecycle import (
 def program() -> NoReturn:
     """`vrt`: run the command that the command line asks for, and end the process with its exit code."""
     launchers()
-    leave(main())
+    try:
+        code = main()
+    except Exception:
+        # Python would say so itself, but then wait for what may not end.
+        traceback.print_exc()
+        code = EXIT_FAILED
+    leave(code)
 
 
 def main(argv: list[str] | None = None) -> int:
