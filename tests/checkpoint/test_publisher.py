@@ -339,3 +339,14 @@ def test_who_lost_the_lineage_registers_nothing_more_and_says_why(folder, commit
     assert len(missing) == (1 if asked == 2 else 2)
     assert recorder.arrived == arrived
     assert "taken over" in str(publisher.lost)
+
+
+def test_who_is_taken_for_dead_while_it_looks_at_a_registered_copy_deletes_nothing(folder, commit):
+    manifest, recorder = commit(folder, 2), Recorder()
+    registered_with_other_content(recorder, with_other(manifest, "G.pth"))
+    recorder.problems = lambda address, manifest, advance: ["2_G.pth is missing"]
+    publisher = Publisher(folder, recorder, recorder, fence=FencedOut(1))
+    publisher.publish(manifest)
+    publisher.start()
+    assert len(publisher.finish(60)) == 1
+    assert recorder.arrived == []

@@ -238,14 +238,11 @@ class Publisher:
         return True
 
     def _has_its_weights(self, manifest: Manifest, other: Registered) -> bool:
-        """Whether the step, which is registered with other content, is so with the very same state: then that one stays.
+        """Whether the step, which is registered with other content, is so with the very same state.
 
         A save on a stop request is not validated; trained again, after going back, its step is, and has other metrics and a picture.
-        Raises CheckpointError where it is registered with another state.
         """
-        if _state(self._store.manifest(other.address)) != _state(manifest):
-            self._registry.check(manifest)
-        return True
+        return _state(self._store.manifest(other.address)) == _state(manifest)
 
     def _is_broken(self, manifest: Manifest, other: Registered) -> bool:
         """Whether the store has lost what is registered of this step with other content, so that nobody can go on from that any more."""
@@ -258,6 +255,8 @@ class Publisher:
 
     def _replace(self, manifest: Manifest, other: Registered) -> None:
         """Register a checkpoint in the place of a broken one of the same step."""
+        # Reading all of that one took its time: a trainer that was thought dead meanwhile must not delete.
+        self._check_fence()
         # Cut off from here on, it is local and not registered: the next attempt registers it.
         self._registry.unregister(manifest.step)
         self._store.delete(other.address)
@@ -287,6 +286,9 @@ class Publisher:
                 self._replace(manifest, known)
             elif self._has_its_weights(manifest, known):
                 log.info("checkpoint %d is registered already, with the same weights and other metrics: that one stays", manifest.step)
+            else:
+                self._registry.check(manifest)
+                self._register(manifest)
         except CheckpointError as error:
             log.error("checkpoint %d can't be registered: %s", manifest.step, error)
             self._refused[manifest.step] = str(error)
