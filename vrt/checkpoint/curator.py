@@ -94,8 +94,7 @@ class Curator(MlflowRegistry):
         """Say more of a registered step."""
         with self.guarded() as client:
             for version in self._of_step(client, step):
-                for key, value in tags.items():
-                    client.set_model_version_tag(self.lineage.model, version.version, key, value)
+                self._tag(client, version, tags)
 
     def score(self, scores: Mapping[int, Mapping[str, float]]) -> None:
         """Say of each registered step how good it is, where that was measured only after it was registered, and let `best` follow.
@@ -106,8 +105,7 @@ class Curator(MlflowRegistry):
             versions = self._versions(client)
             late = [version for version in versions if "val_psnr" not in version.tags and int(version.tags["step"]) in scores]
             for version in late:
-                for key, value in shown(scores[int(version.tags["step"])]).items():
-                    client.set_model_version_tag(self.lineage.model, version.version, key, value)
+                self._tag(client, version, shown(scores[int(version.tags["step"])]))
             if late:
                 self._point_aliases(client, self._versions(client))
 
@@ -115,6 +113,10 @@ class Curator(MlflowRegistry):
         """Let the alias `champion` point to a registered step."""
         with self.guarded() as client:
             client.set_registered_model_alias(self.lineage.model, CHAMPION, self._of_step(client, step)[0].version)
+
+    def _tag(self, client, version, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            client.set_model_version_tag(self.lineage.model, version.version, key, value)
 
     def _of_step(self, client, step: int) -> list:
         found = [version for version in self._versions(client) if int(version.tags["step"]) == step]

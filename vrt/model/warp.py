@@ -91,8 +91,8 @@ def gather_nearest4(x: Tensor, flow: Tensor) -> Tensor:
     """The four pixels around every sampling point, unmixed ("nearest4").
 
     x: (N, C, H, W); flow: (N, 2, H, W), pixels. Returns (N, 4C, H, W): the pixels at (floor x, floor y), (floor x, ceil y),
-    (ceil x, floor y), (ceil x, ceil y), each with C channels; 0 outside the frame, and where the flow
-    is NaN. No gradient reaches the flow.
+    (ceil x, floor y), (ceil x, ceil y), each with C channels; 0 outside the frame, and where the flow is NaN. No gradient
+    reaches the flow.
     """
     n, channels, height, width = x.shape
     own_x, own_y = pixel_axes(height, width, like=flow)
